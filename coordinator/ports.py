@@ -1,0 +1,35 @@
+"""How the Coordinator reaches Islands: an interface of three methods that node implements over libp2p and tests with a fake network."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from protocol.book import Book
+from protocol.messages import JobAccepted, JobChunk, JobDone
+
+
+class JobRun(Protocol):
+    """One open job on one Island. Iterating yields JobAccepted first, then JobChunk…, then exactly one JobDone.
+
+    Raises ``protocol.errors.Refused`` when the Island refuses or fails the job (its code travels), or with LINK_LOST when the
+    connection ends before JobDone. The receipt in JobDone has been checked against what arrived.
+    """
+
+    def __aiter__(self) -> AsyncIterator[JobAccepted | JobChunk | JobDone]: ...
+
+
+class IslandPort(Protocol):
+    def book(self) -> Book:
+        """The Islands that can be reached now, as of the newest ads."""
+        ...
+
+    def run_job(self, island: str, ticket: bytes, payload: bytes) -> AbstractAsyncContextManager[JobRun]:
+        """Opens a job on an Island's long-lived stream; leaving the context early cancels it there. Raises Refused(LINK_LOST) when
+        there is no connection and none can be made."""
+        ...
+
+    async def wait_book_changed(self) -> None:
+        """Returns after the next change of the book."""
+        ...

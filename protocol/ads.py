@@ -1,0 +1,186 @@
+"""Ads: what an Island can do and what it charges, signed by it and spread by gossip.
+
+An ad's ``sequence`` is the Unix time in milliseconds at which it was made, at least one more than the one before; so it grows across
+restarts without a file, and a number from the future betrays itself. ``boot`` is the sequence of the first ad of this run: tickets
+name it, so what was issued for an earlier run of the node cannot be used again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protocol import checks, limits
+from protocol.envelope import Label, open_envelope, seal
+from protocol.errors import RemoteProtocolError, SignatureError
+from protocol.identity import Signer
+from protocol.prices import Ask
+from protocol.registry import Struct
+
+AD_VERSION = 1
+_BYTES_MAX = 2**50
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    name: str
+    backend: str  # "cuda", "vulkan", "metal"
+    vram_bytes: int
+
+    def __post_init__(self) -> None:
+        checks.at_most("gpu name", self.name, limits.NAME_CHARS_MAX)
+        checks.label("gpu backend", self.backend, limits.NAME_CHARS_MAX)
+        checks.in_range("vram_bytes", self.vram_bytes, 0, _BYTES_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    cpus: int
+    ram_bytes: int
+    disk_free_bytes: int
+    gpus: tuple[Gpu, ...] = ()
+
+    def __post_init__(self) -> None:
+        checks.in_range("cpus", self.cpus, 1, 100_000)
+        checks.in_range("ram_bytes", self.ram_bytes, 0, _BYTES_MAX)
+        checks.in_range("disk_free_bytes", self.disk_free_bytes, 0, _BYTES_MAX)
+        checks.at_most("gpus", self.gpus, limits.AD_GPUS_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class CargoOffer:
+    """One loaded (warm) Cargo. Rooms are in tokens of KV cache, speed is measured in tokens per second of one stream, 0.0 unknown."""
+
+    name: str
+    content_hash: str
+    runtime: str
+    engine: str
+    ask: Ask
+    context_tokens: int
+    kv_tokens_total: int
+    kv_tokens_free: int
+    slots_total: int
+    slots_free: int
+    weights_bytes: int
+    kv_bytes_per_token: int
+    compute_bytes: int
+    tokens_per_s: float
+
+    def __post_init__(self) -> None:
+        checks.label("cargo name", self.name, limits.NAME_CHARS_MAX)
+        checks.content_hash("content_hash", self.content_hash)
+        checks.label("runtime", self.runtime, limits.NAME_CHARS_MAX)
+        checks.label("engine", self.engine, limits.NAME_CHARS_MAX)
+        checks.in_range("context_tokens", self.context_tokens, 1, 2**31)
+        checks.in_range("kv_tokens_total", self.kv_tokens_total, 0, 2**40)
+        checks.in_range("kv_tokens_free", self.kv_tokens_free, 0, self.kv_tokens_total)
+        checks.in_range("slots_total", self.slots_total, 0, 100_000)
+        checks.in_range("slots_free", self.slots_free, 0, self.slots_total)
+        for name in ("weights_bytes", "kv_bytes_per_token", "compute_bytes"):
+            checks.in_range(name, getattr(self, name), 0, _BYTES_MAX)
+        checks.in_range("tokens_per_s", self.tokens_per_s, 0.0, 1e7)
+
+
+@dataclass(frozen=True, slots=True)
+class PathMeasure:
+    """Measured round trip to a neighbour."""
+
+    peer: str
+    round_trip_us: int
+
+    def __post_init__(self) -> None:
+        checks.peer_id("path peer", self.peer)
+        checks.in_range("round_trip_us", self.round_trip_us, 0, 60_000_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Ad:
+    version: int
+    network: str
+    peer: str
+    boot: int
+    sequence: int
+    expires_at_ms: int
+    agent: str
+    addresses: tuple[str, ...]
+    region: str
+    hardware: Hardware
+    runtimes: tuple[str, ...]
+    memory_offered_bytes: int
+    default_ask: Ask
+    offers: tuple[CargoOffer, ...]
+    paths: tuple[PathMeasure, ...] = ()
+    draining: bool = False
+
+    def __post_init__(self) -> None:
+        if self.version != AD_VERSION:
+            raise ValueError(f"ad version {self.version} is not {AD_VERSION}")
+        checks.label("network", self.network, limits.NAME_CHARS_MAX)
+        checks.peer_id("peer", self.peer)
+        checks.in_range("boot", self.boot, 1, 2**53)
+        checks.in_range("sequence", self.sequence, self.boot, 2**53)
+        checks.in_range("expires_at_ms", self.expires_at_ms, self.sequence, self.sequence + limits.AD_LIFETIME_S * 1000)
+        checks.at_most("agent", self.agent, limits.NAME_CHARS_MAX)
+        checks.at_most("addresses", self.addresses, limits.AD_ADDRESSES_MAX)
+        for address in self.addresses:
+            checks.at_most("address", address, limits.TEXT_CHARS_MAX)
+        checks.at_most("region", self.region, limits.NAME_CHARS_MAX)
+        checks.at_most("runtimes", self.runtimes, limits.AD_OFFERS_MAX)
+        for runtime in self.runtimes:
+            checks.label("runtime", runtime, limits.NAME_CHARS_MAX)
+        checks.in_range("memory_offered_bytes", self.memory_offered_bytes, 0, _BYTES_MAX)
+        checks.at_most("offers", self.offers, limits.AD_OFFERS_MAX)
+        checks.at_most("paths", self.paths, limits.AD_PATHS_MAX)
+
+    def offer(self, cargo: str) -> CargoOffer | None:
+        return next((offer for offer in self.offers if offer.name == cargo), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A Coordinator saw the connection to ``peer`` end while ``sequence`` was its newest ad. A newer ad takes the word back."""
+
+    network: str
+    peer: str
+    sequence: int
+    seen_at_ms: int
+
+    def __post_init__(self) -> None:
+        checks.label("network", self.network, limits.NAME_CHARS_MAX)
+        checks.peer_id("peer", self.peer)
+        checks.in_range("sequence", self.sequence, 1, 2**53)
+        checks.in_range("seen_at_ms", self.seen_at_ms, 1, 2**53)
+
+
+_AD: Struct[Ad] = Struct(Ad, limits.AD_BYTES_MAX)
+_LOST: Struct[Lost] = Struct(Lost, limits.AD_BYTES_MAX)
+
+
+def sign_ad(ad: Ad, signer: Signer) -> bytes:
+    return seal(Label.AD, _AD.encode(ad), signer)
+
+
+def read_ad(data: bytes, now_ms: int) -> Ad:
+    """The ad in an envelope. Raises RemoteProtocolError (SignatureError) unless its own peer signed it and it is neither expired nor
+    from the future."""
+    envelope = open_envelope(Label.AD, data)
+    ad = _AD.decode(envelope.payload)
+    if envelope.signer != ad.peer:
+        raise SignatureError(f"an ad for {ad.peer} was signed by {envelope.signer}")
+    if ad.sequence > now_ms + limits.CLOCK_SKEW_S * 1000:
+        raise RemoteProtocolError(f"the ad of {ad.peer} comes from {ad.sequence - now_ms} ms in the future")
+    if ad.expires_at_ms < now_ms - limits.CLOCK_SKEW_S * 1000:
+        raise RemoteProtocolError(f"the ad of {ad.peer} expired {now_ms - ad.expires_at_ms} ms ago")
+    return ad
+
+
+def sign_lost(lost: Lost, signer: Signer) -> bytes:
+    return seal(Label.LOST, _LOST.encode(lost), signer)
+
+
+def read_lost(data: bytes, now_ms: int) -> tuple[str, Lost]:
+    """Peer id of the witness, and what it saw; whether that witness may say so is the book's decision."""
+    envelope = open_envelope(Label.LOST, data)
+    lost = _LOST.decode(envelope.payload)
+    if abs(now_ms - lost.seen_at_ms) > (limits.AD_LIFETIME_S + limits.CLOCK_SKEW_S) * 1000:
+        raise RemoteProtocolError("a notice of loss that is too old or from the future")
+    return envelope.signer, lost

@@ -1,0 +1,141 @@
+"""The job stream as a state table, for both ends of it.
+
+Theory of operation. ``TRANSITIONS`` says which message may follow which; it does not know which end we are. ``JobStreams`` keeps one
+state per job of a stream, checks every message that is sent (a breach is our bug) and received (a breach is the peer's), and counts
+tokens so that repeated, lost or reordered chunks show. It does no IO: the shell sends and receives, this decides.
+
+Rules: job numbers grow; a job that has ended stays ended; ``JobCancel`` may cross the Island's last message on the wire, so it is
+legal after the end, where it does nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any
+
+from protocol import limits
+from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.messages import JobAccepted, JobCancel, JobChunk, JobDone, JobFailed, JobOpen
+
+
+class JobState(Enum):
+    IDLE = auto()
+    OPENING = auto()
+    RUNNING = auto()
+    CANCELLING = auto()
+    ENDED = auto()
+
+
+class Side(Enum):
+    HOLDER = auto()
+    ISLAND = auto()
+
+
+SENT_BY: dict[type[Any], Side] = {
+    JobOpen: Side.HOLDER,
+    JobCancel: Side.HOLDER,
+    JobAccepted: Side.ISLAND,
+    JobChunk: Side.ISLAND,
+    JobDone: Side.ISLAND,
+    JobFailed: Side.ISLAND,
+}
+
+TRANSITIONS: dict[tuple[JobState, type[Any]], JobState] = {
+    (JobState.IDLE, JobOpen): JobState.OPENING,
+    (JobState.OPENING, JobAccepted): JobState.RUNNING,
+    (JobState.OPENING, JobFailed): JobState.ENDED,
+    (JobState.OPENING, JobCancel): JobState.CANCELLING,
+    (JobState.RUNNING, JobChunk): JobState.RUNNING,
+    (JobState.RUNNING, JobDone): JobState.ENDED,
+    (JobState.RUNNING, JobFailed): JobState.ENDED,
+    (JobState.RUNNING, JobCancel): JobState.CANCELLING,
+    (JobState.CANCELLING, JobAccepted): JobState.CANCELLING,
+    (JobState.CANCELLING, JobChunk): JobState.CANCELLING,
+    (JobState.CANCELLING, JobDone): JobState.ENDED,
+    (JobState.CANCELLING, JobFailed): JobState.ENDED,
+    (JobState.ENDED, JobCancel): JobState.ENDED,
+}
+
+
+@dataclass(slots=True)
+class _Job:
+    state: JobState = JobState.IDLE
+    tokens: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
+
+
+class JobStreams:
+    """All jobs of one stream, seen from one side."""
+
+    def __init__(self, side: Side) -> None:
+        self.side = side
+        self._jobs: dict[int, _Job] = {}
+        self._highest = 0
+
+    def __repr__(self) -> str:
+        return f"<JobStreams {self.side.name}: {len(self._jobs)} open, highest {self._highest}>"
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def next_number(self) -> int:
+        """Number for the next job that the holder opens."""
+        return self._highest + 1
+
+    def state(self, job: int) -> JobState:
+        if job in self._jobs:
+            return self._jobs[job].state
+        return JobState.ENDED if 0 < job <= self._highest else JobState.IDLE
+
+    def counted(self, job: int) -> tuple[int, bytes]:
+        """Tokens that passed in this job so far, and the SHA-256 of their ids. Ask before the job ends."""
+        entry = self._jobs[job]
+        return entry.tokens, entry.digest.digest()
+
+    def send(self, message: Any) -> None:
+        """Raises LocalProtocolError when we must not say this now."""
+        try:
+            self._step(message, self.side)
+        except ValueError as error:
+            raise LocalProtocolError(str(error)) from error
+
+    def receive(self, message: Any) -> None:
+        """Raises RemoteProtocolError when the peer must not say this now."""
+        try:
+            self._step(message, Side.ISLAND if self.side is Side.HOLDER else Side.HOLDER)
+        except ValueError as error:
+            raise RemoteProtocolError(str(error)) from error
+
+    def _step(self, message: Any, speaker: Side) -> None:
+        kind = type(message)
+        if SENT_BY.get(kind) is not speaker:
+            raise ValueError(f"{kind.__name__} is not for the {speaker.name.lower()} to say")
+        state = self.state(message.job)
+        following = TRANSITIONS.get((state, kind))
+        if following is None:
+            raise ValueError(f"{kind.__name__} for job {message.job} in state {state.name}")
+        if kind is JobOpen:
+            self._open(message.job)
+        elif kind is JobChunk:
+            self._count(message)
+        if following is JobState.ENDED:
+            self._jobs.pop(message.job, None)
+        else:
+            self._jobs[message.job].state = following
+
+    def _open(self, job: int) -> None:
+        if len(self._jobs) >= limits.JOBS_PER_LINK_MAX:
+            raise ValueError(f"more than {limits.JOBS_PER_LINK_MAX} jobs at once on one stream")
+        self._highest = job
+        self._jobs[job] = _Job()
+
+    def _count(self, chunk: JobChunk) -> None:
+        entry = self._jobs[chunk.job]
+        if chunk.step != entry.tokens:
+            raise ValueError(f"chunk at step {chunk.step} of job {chunk.job} where step {entry.tokens} was due")
+        entry.tokens += len(chunk.tokens) // 4
+        if entry.tokens > limits.COMPLETION_TOKENS_MAX:
+            raise ValueError(f"job {chunk.job} sent more than {limits.COMPLETION_TOKENS_MAX} tokens")
+        entry.digest.update(chunk.tokens)

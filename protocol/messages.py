@@ -1,0 +1,209 @@
+"""The messages of the two stream protocols.
+
+``/archipelag/job/1``: one long-lived stream between a holder of tickets and an Island; many jobs share it, told apart by ``job``, a
+number that the holder counts upwards and never reuses on that stream.
+
+``/archipelag/ads/1``: one long-lived stream between a node and a Coordinator (or any peer): introductions, ads, and catching up with
+the book of somebody who was there before.
+
+Both begin with a ``Hello`` in each direction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from protocol import checks, limits
+from protocol.errors import Code
+from protocol.generation import FinishReason
+from protocol.registry import Registry, body
+
+PROTOCOL_VERSION = 1
+JOB_PROTOCOL = f"/archipelag/job/{PROTOCOL_VERSION}"
+ADS_PROTOCOL = f"/archipelag/ads/{PROTOCOL_VERSION}"
+
+JOB = Registry("job")
+ADS = Registry("ads")
+
+
+class NodeRole(StrEnum):
+    ISLAND = "island"
+    COORDINATOR = "coordinator"
+    CONSUMER = "consumer"
+
+
+@JOB.message(1)
+@ADS.message(1)
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First message in each direction. ``delegation`` is a Coordinator's envelope from the network key, empty for others;
+    ``network`` is empty while a node has not joined one."""
+
+    version: int
+    role: NodeRole
+    network: str
+    agent: str
+    delegation: bytes = b""
+
+    def __post_init__(self) -> None:
+        checks.in_range("version", self.version, 1, 1000)
+        checks.at_most("network", self.network, limits.NAME_CHARS_MAX)
+        checks.at_most("agent", self.agent, limits.NAME_CHARS_MAX)
+        checks.at_most("delegation", self.delegation, limits.ENVELOPE_BYTES_MAX)
+
+
+def _job(number: int) -> None:
+    checks.in_range("job", number, 1, 2**53)
+
+
+@JOB.message(2)
+@dataclass(frozen=True, slots=True)
+class JobOpen:
+    """Holder to Island: do this. The body is the Cargo's input (for text Cargos a GenerationRequest)."""
+
+    job: int
+    ticket: bytes
+    input: bytes = body()
+
+    def __post_init__(self) -> None:
+        _job(self.job)
+        checks.at_most("ticket", self.ticket, limits.ENVELOPE_BYTES_MAX)
+        checks.at_most("input", self.input, limits.JOB_INPUT_BYTES_MAX)
+
+
+@JOB.message(3)
+@dataclass(frozen=True, slots=True)
+class JobAccepted:
+    """Island to holder: the job has a slot. ``engine`` decides whether another Island may continue this answer."""
+
+    job: int
+    engine: str
+    prompt_tokens: int
+    cached_tokens: int
+
+    def __post_init__(self) -> None:
+        _job(self.job)
+        checks.label("engine", self.engine, limits.NAME_CHARS_MAX)
+        checks.in_range("prompt_tokens", self.prompt_tokens, 0, 2**31)
+        checks.in_range("cached_tokens", self.cached_tokens, 0, self.prompt_tokens)
+
+
+@JOB.message(4)
+@dataclass(frozen=True, slots=True)
+class JobChunk:
+    """Island to holder: the next tokens. ``step`` is the index of the first of them among those sent in this job, so a frame that is
+    repeated or out of order shows. The body holds int32 little-endian ids, at least one."""
+
+    job: int
+    step: int
+    text: str
+    logprobs: bytes = b""
+    tokens: bytes = body()
+
+    def __post_init__(self) -> None:
+        _job(self.job)
+        checks.in_range("step", self.step, 0, limits.COMPLETION_TOKENS_MAX)
+        checks.at_most("text", self.text, limits.JOB_CHUNK_TEXT_BYTES_MAX)
+        checks.at_most("logprobs", self.logprobs, limits.FRAME_HEADER_BYTES_MAX)
+        if not self.tokens or len(self.tokens) % 4 or len(self.tokens) // 4 > limits.COMPLETION_TOKENS_MAX:
+            raise ValueError("a chunk carries whole int32 tokens, at least one")
+
+
+@JOB.message(5)
+@dataclass(frozen=True, slots=True)
+class JobDone:
+    """Island to holder: the answer is complete. Without this message it is not, however the stream ended."""
+
+    job: int
+    finish_reason: FinishReason
+    text: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    prefill_us: int
+    decode_us: int
+    receipt: bytes
+
+    def __post_init__(self) -> None:
+        _job(self.job)
+        checks.at_most("text", self.text, limits.JOB_CHUNK_TEXT_BYTES_MAX)
+        checks.in_range("prompt_tokens", self.prompt_tokens, 0, 2**31)
+        checks.in_range("cached_tokens", self.cached_tokens, 0, self.prompt_tokens)
+        checks.in_range("completion_tokens", self.completion_tokens, 0, limits.COMPLETION_TOKENS_MAX)
+        checks.in_range("prefill_us", self.prefill_us, 0, 2**53)
+        checks.in_range("decode_us", self.decode_us, 0, 2**53)
+        checks.at_most("receipt", self.receipt, limits.ENVELOPE_BYTES_MAX)
+
+
+@JOB.message(6)
+@dataclass(frozen=True, slots=True)
+class JobFailed:
+    """Island to holder: the job was refused or broke; nothing follows."""
+
+    job: int
+    code: Code
+    message: str
+
+    def __post_init__(self) -> None:
+        _job(self.job)
+        checks.at_most("message", self.message, limits.TEXT_CHARS_MAX)
+
+
+@JOB.message(7)
+@dataclass(frozen=True, slots=True)
+class JobCancel:
+    """Holder to Island: stop and free the slot. The Island still answers with JobDone or JobFailed, whichever came first."""
+
+    job: int
+
+    def __post_init__(self) -> None:
+        _job(self.job)
+
+
+@ADS.message(2)
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Envelopes of ads or notices of loss, newest first. Sent by anybody who has news or was asked for them."""
+
+    envelopes: tuple[bytes, ...]
+
+    def __post_init__(self) -> None:
+        checks.at_most("envelopes", self.envelopes, limits.BOOK_REPLY_ENVELOPES_MAX)
+        for envelope in self.envelopes:
+            checks.at_most("envelope", envelope, limits.ENVELOPE_BYTES_MAX)
+
+
+@ADS.message(3)
+@dataclass(frozen=True, slots=True)
+class AdAck:
+    """Coordinator to Island: your ad with this sequence stands in the book, or why it does not."""
+
+    sequence: int
+    accepted: bool
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        checks.in_range("sequence", self.sequence, 0, 2**53)
+        checks.at_most("reason", self.reason, limits.TEXT_CHARS_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    peer: str
+    sequence: int
+
+
+@ADS.message(4)
+@dataclass(frozen=True, slots=True)
+class BookRequest:
+    """Send me the ads that are newer than these. Answered by Announce; ask again while it is full."""
+
+    known: tuple[Known, ...]
+
+    def __post_init__(self) -> None:
+        checks.at_most("known", self.known, 2000)
+
+
+JOB.seal()
+ADS.seal()

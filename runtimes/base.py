@@ -1,0 +1,97 @@
+"""What every runtime looks like from the node: a Cargo is loaded, says what it offers, runs jobs, and is closed.
+
+A run is an async context manager that yields a stream of events: any number of ``Chunk``, then exactly one ``Finished``. Leaving the
+context cancels what still runs and frees its slot at once. Every failure is a ``protocol.errors.Refused`` with a code:
+``bad_input``, ``context_length_exceeded``, ``no_capacity``, ``worker_died``, …, raised on entering or from the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from protocol.generation import FinishReason, GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class CargoFacts:
+    """What a loaded Cargo says of itself; the node puts it into the ad. Sizes in bytes, rooms in tokens (KV cells)."""
+
+    name: str
+    content_hash: str  # SHA-256 of the model file, or of the runtime's name and version where there is none
+    runtime: str  # "gguf", "echo"
+    engine: str  # build and quantisation: answers are spliced only between equal engines
+    context_tokens: int  # longest prompt + completion of one job
+    kv_tokens_total: int
+    kv_tokens_free: int
+    slots_total: int
+    slots_free: int
+    weights_bytes: int
+    kv_bytes_per_token: int
+    compute_bytes: int  # measured, not claimed
+    tokens_per_s: float  # measured by a short run at load time, then an average of real jobs; 0.0: unknown
+
+
+@dataclass(frozen=True, slots=True)
+class RunRequest:
+    """One job as a runtime sees it. ``cache_salt``: a prefix is reused only among requests with the same salt."""
+
+    job_id: str
+    generation: GenerationRequest
+    cache_salt: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """``tokens``: int32 little-endian ids since the last chunk, at least one; ``text``: what they add to the answer.
+
+    ``text`` may lag behind the tokens (an incomplete character, a possible stop string) but never runs ahead of them. ``logprobs``:
+    JSON bytes of OpenAI's ``content`` entries for these tokens, or empty.
+    """
+
+    tokens: bytes
+    text: str
+    logprobs: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """``completion_tokens`` counts resumed tokens too; ``cached_tokens`` are prompt tokens taken from the prefix cache."""
+
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    text: str = ""  # what was held back and is now certain
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+class Run(Protocol):
+    """A running job: iterate it."""
+
+    prompt_tokens: int
+    cached_tokens: int
+
+    def __aiter__(self) -> AsyncIterator[Chunk | Finished]: ...
+
+
+class LoadedCargo(Protocol):
+    """A Cargo that is ready to run jobs."""
+
+    def facts(self) -> CargoFacts: ...
+
+    def run(self, request: RunRequest) -> AbstractAsyncContextManager[Run]:
+        """Entering returns once the job is admitted. Raises Refused."""
+        ...
+
+    async def wait_changed(self) -> None:
+        """Returns when ``facts()`` differs from what it was (rooms, speed), or the Cargo died."""
+        ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    async def aclose(self) -> None: ...
