@@ -27,7 +27,7 @@ class Gpu:
     vram_bytes: int
 
     def __post_init__(self) -> None:
-        checks.at_most("gpu name", self.name, limits.NAME_CHARS_MAX)
+        checks.printable("gpu name", self.name, limits.NAME_CHARS_MAX)
         checks.label("gpu backend", self.backend, limits.NAME_CHARS_MAX)
         checks.in_range("vram_bytes", self.vram_bytes, 0, _BYTES_MAX)
 
@@ -119,16 +119,17 @@ class Ad:
         checks.in_range("boot", self.boot, 1, 2**53)
         checks.in_range("sequence", self.sequence, self.boot, 2**53)
         checks.in_range("expires_at_ms", self.expires_at_ms, self.sequence, self.sequence + limits.AD_LIFETIME_S * 1000)
-        checks.at_most("agent", self.agent, limits.NAME_CHARS_MAX)
+        checks.printable("agent", self.agent, limits.NAME_CHARS_MAX)
         checks.at_most("addresses", self.addresses, limits.AD_ADDRESSES_MAX)
         for address in self.addresses:
-            checks.at_most("address", address, limits.TEXT_CHARS_MAX)
-        checks.at_most("region", self.region, limits.NAME_CHARS_MAX)
+            checks.printable("address", address, limits.TEXT_CHARS_MAX)
+        checks.printable("region", self.region, limits.NAME_CHARS_MAX)
         checks.at_most("runtimes", self.runtimes, limits.AD_OFFERS_MAX)
         for runtime in self.runtimes:
             checks.label("runtime", runtime, limits.NAME_CHARS_MAX)
         checks.in_range("memory_offered_bytes", self.memory_offered_bytes, 0, _BYTES_MAX)
         checks.at_most("offers", self.offers, limits.AD_OFFERS_MAX)
+        checks.unique("offers", [offer.name for offer in self.offers])  # or it would have two prices
         checks.at_most("paths", self.paths, limits.AD_PATHS_MAX)
 
     def offer(self, cargo: str) -> CargoOffer | None:
@@ -147,8 +148,9 @@ class Lost:
     def __post_init__(self) -> None:
         checks.label("network", self.network, limits.NAME_CHARS_MAX)
         checks.peer_id("peer", self.peer)
-        checks.in_range("sequence", self.sequence, 1, 2**53)
         checks.in_range("seen_at_ms", self.seen_at_ms, 1, 2**53)
+        # The witness has read that ad, so it was not from its future; otherwise one notice could bar a peer for good.
+        checks.in_range("sequence", self.sequence, 1, self.seen_at_ms + limits.CLOCK_SKEW_S * 1000)
 
 
 _AD: Struct[Ad] = Struct(Ad, limits.AD_BYTES_MAX)
@@ -181,6 +183,7 @@ def read_lost(data: bytes, now_ms: int) -> tuple[str, Lost]:
     """Peer id of the witness, and what it saw; whether that witness may say so is the book's decision."""
     envelope = open_envelope(Label.LOST, data)
     lost = _LOST.decode(envelope.payload)
-    if abs(now_ms - lost.seen_at_ms) > (limits.AD_LIFETIME_S + limits.CLOCK_SKEW_S) * 1000:
-        raise RemoteProtocolError("a notice of loss that is too old or from the future")
+    age_ms = now_ms - lost.seen_at_ms
+    if not -limits.CLOCK_SKEW_S * 1000 <= age_ms <= (limits.AD_LIFETIME_S + limits.CLOCK_SKEW_S) * 1000:
+        raise RemoteProtocolError(f"a notice of loss that is {age_ms} ms old: too old, or from the future")
     return envelope.signer, lost

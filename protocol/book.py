@@ -4,6 +4,9 @@ Every node that listens to gossip keeps one, the Coordinator decides by its own.
 of loss removes the peer until a *newer* ad comes, so that old ads still under way cannot bring a dead Island back, and an Island that
 was called dead by mistake only has to speak. Only Coordinators' notices count (who they are is in the state too), or what this node
 saw itself. Dead entries leave a tombstone for as long as their last ad could still be valid.
+
+The state of a peer only ever grows in the order of (sequence, lost), so nodes that heard the same events in any order, once or many
+times, hold the same book.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ from enum import Enum, auto
 
 from protocol import limits
 from protocol.ads import Ad, Lost
+
+# The lost ad was made at most one skew after the loss was seen, lived its lifetime, and is believed for another skew.
+_TOMBSTONE_MS = int((limits.AD_LIFETIME_S + 2 * limits.CLOCK_SKEW_S) * 1000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +32,12 @@ class AdHeard:
 
 @dataclass(frozen=True, slots=True)
 class LostHeard:
-    """``witness`` says that a peer is gone; an empty witness is this node itself."""
+    """``witness`` says that a peer is gone; an empty witness is this node itself. ``envelope`` is kept to pass it on, and is empty for
+    what a node without a Coordinator's key saw: nobody else would believe it."""
 
     witness: str
     lost: Lost
+    envelope: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +71,7 @@ class Entry:
 class Tombstone:
     sequence: int
     until_ms: int
+    envelope: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +87,11 @@ class Book:
     def ads(self) -> list[Ad]:
         return [entry.ad for entry in self.entries.values()]
 
-    def newer_than(self, known: Mapping[str, int]) -> list[bytes]:
-        """Envelopes that somebody who knows these sequences lacks; at most BOOK_REPLY_ENVELOPES_MAX."""
-        missing = [e.envelope for peer, e in self.entries.items() if e.ad.sequence > known.get(peer, 0)]
-        return missing[: limits.BOOK_REPLY_ENVELOPES_MAX]
+
+def must_refute(lost: Lost, peer: str, sequence: int) -> bool:
+    """Whether ``peer``, whose newest ad has this sequence, was called dead and has to say that it is not, by an ad that is newer than
+    ``lost.sequence``."""
+    return lost.peer == peer and lost.sequence >= sequence
 
 
 def apply(event: Event, book: Book, now_ms: int) -> tuple[Book, Outcome]:
@@ -90,7 +100,7 @@ def apply(event: Event, book: Book, now_ms: int) -> tuple[Book, Outcome]:
         case AdHeard():
             return _apply_ad(event, book)
         case LostHeard():
-            return _apply_lost(event, book, now_ms)
+            return _apply_lost(event, book)
         case CoordinatorTrusted(peer):
             return replace(book, coordinators=book.coordinators | {peer}), Outcome.CHANGED
         case Tick():
@@ -113,20 +123,28 @@ def _apply_ad(event: AdHeard, book: Book) -> tuple[Book, Outcome]:
     return replace(book, entries=entries, tombstones=tombstones), Outcome.CHANGED
 
 
-def _apply_lost(event: LostHeard, book: Book, now_ms: int) -> tuple[Book, Outcome]:
+def _apply_lost(event: LostHeard, book: Book) -> tuple[Book, Outcome]:
     lost = event.lost
     if lost.network != book.network or (event.witness and event.witness not in book.coordinators):
         return book, Outcome.REFUSED
     known, grave = book.entries.get(lost.peer), book.tombstones.get(lost.peer)
-    if (known and known.ad.sequence > lost.sequence) or (grave and grave.sequence >= lost.sequence):
+    if (known and known.ad.sequence > lost.sequence) or (grave and not _supersedes(event, grave)):
         return book, Outcome.STALE
-    if known is None and len(book.tombstones) >= limits.BOOK_PEERS_MAX:
-        return book, Outcome.REFUSED
-    until_ms = now_ms + int((limits.AD_LIFETIME_S + 2 * limits.CLOCK_SKEW_S) * 1000)
+    tombstones = dict(book.tombstones)
+    if grave is None and len(tombstones) >= limits.BOOK_PEERS_MAX:
+        if known is None:
+            return book, Outcome.REFUSED
+        del tombstones[min(tombstones, key=lambda peer: tombstones[peer].until_ms)]
+    tombstones[lost.peer] = Tombstone(lost.sequence, lost.seen_at_ms + _TOMBSTONE_MS, event.envelope)
     entries = {peer: entry for peer, entry in book.entries.items() if peer != lost.peer}
-    return replace(
-        book, entries=entries, tombstones={**book.tombstones, lost.peer: Tombstone(lost.sequence, until_ms)}
-    ), Outcome.CHANGED
+    return replace(book, entries=entries, tombstones=tombstones), Outcome.CHANGED
+
+
+def _supersedes(event: LostHeard, grave: Tombstone) -> bool:
+    """A later loss does; of the same loss, a notice that can be passed on supersedes one that cannot."""
+    if event.lost.sequence != grave.sequence:
+        return event.lost.sequence > grave.sequence
+    return bool(event.envelope) and not grave.envelope
 
 
 def _apply_tick(book: Book, now_ms: int) -> tuple[Book, Outcome]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sized
+from collections.abc import Hashable, Sequence, Sized
 
 _PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{32,64}\Z")
 _HASH = re.compile(r"[0-9a-f]{64}\Z")
@@ -23,6 +23,29 @@ def in_range(name: str, value: float, low: float, high: float) -> None:
 def at_most(name: str, value: Sized, limit: int) -> None:
     if len(value) > limit:
         raise ValueError(f"{name} may have at most {limit} entries, not {len(value)}")
+
+
+def utf8(name: str, value: str, limit_bytes: int) -> None:
+    """At most so many bytes in UTF-8; half a surrogate pair, which JSON may hold, has no UTF-8 and is refused."""
+    if len(value) > limit_bytes:
+        raise ValueError(f"{name} has {len(value)} characters; at most {limit_bytes} bytes are allowed")
+    try:
+        size = len(value) if value.isascii() else len(value.encode())
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} holds half a surrogate pair, which is no character") from None
+    if size > limit_bytes:
+        raise ValueError(f"{name} has {size} bytes in UTF-8; at most {limit_bytes} are allowed")
+
+
+def printable(name: str, value: str, limit: int) -> None:
+    """Text that may stand on a terminal or in a log as it is: no control characters, no line breaks."""
+    if len(value) > limit or not value.isprintable():
+        raise ValueError(f"{name} must be printable text of at most {limit} characters: {value[:80]!r}")
+
+
+def unique(name: str, values: Sequence[Hashable]) -> None:
+    if len(set(values)) != len(values):
+        raise ValueError(f"{name} names something twice")
 
 
 def exactly(name: str, value: Sized, size: int) -> None:

@@ -41,8 +41,10 @@ class ChatMessage:
     def __post_init__(self) -> None:
         if len(self.content) > limits.MESSAGE_CHARS_MAX:
             raise ValueError(f"a message has {len(self.content)} characters; the limit is {limits.MESSAGE_CHARS_MAX}")
+        checks.utf8("a message", self.content, limits.JOB_INPUT_BYTES_MAX)
         if len(self.name) > limits.NAME_CHARS_MAX:
             raise ValueError(f"a message's name may have {limits.NAME_CHARS_MAX} characters")
+        checks.utf8("a message's name", self.name, limits.NAME_CHARS_MAX * 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +101,17 @@ class GenerationRequest:
             raise ValueError("messages and prompt exclude each other")
         if len(self.prompt) > limits.MESSAGE_CHARS_MAX:
             raise ValueError(f"the prompt has {len(self.prompt)} characters; the limit is {limits.MESSAGE_CHARS_MAX}")
+        checks.utf8("the prompt", self.prompt, limits.JOB_INPUT_BYTES_MAX)
         checks.in_range("max_tokens", self.max_tokens, 1, limits.COMPLETION_TOKENS_MAX)
         checks.at_most("stop", self.stop, limits.STOP_STRINGS_MAX)
         for text in self.stop:
             if not 0 < len(text) <= limits.STOP_STRING_CHARS_MAX:
                 raise ValueError(f"a stop string has 1 to {limits.STOP_STRING_CHARS_MAX} characters")
+            checks.utf8("a stop string", text, limits.STOP_STRING_CHARS_MAX * 4)
         checks.in_range("top_logprobs", self.top_logprobs, -1, limits.TOP_LOGPROBS_MAX)
         if (self.output_format is OutputFormat.JSON_SCHEMA) != bool(self.schema):
             raise ValueError("a schema comes with output_format json_schema, and only with it")
-        if len(self.schema.encode()) > limits.SCHEMA_BYTES_MAX:
-            raise ValueError(f"the schema is over {limits.SCHEMA_BYTES_MAX} bytes")
+        checks.utf8("the schema", self.schema, limits.SCHEMA_BYTES_MAX)
         if len(self.resume) % 4 or len(self.resume) // 4 >= self.max_tokens + 1:
             raise ValueError("resume holds whole int32 tokens, at most max_tokens of them")
 

@@ -12,6 +12,7 @@ import base58
 # multihash "identity", 36 bytes; protobuf: field 1 = key type 1 (Ed25519), field 2 = 32 bytes
 _PREFIX = bytes([0x00, 0x24, 0x08, 0x01, 0x12, 0x20])
 PUBLIC_KEY_BYTES = 32
+_PEER_ID_CHARS_MAX = 64
 
 
 class Signer(Protocol):
@@ -35,6 +36,8 @@ def peer_id_of(public_key: bytes) -> str:
 
 def public_key_of(peer_id: str) -> bytes:
     """The Ed25519 public key inside a peer id. Raises ValueError when there is none."""
+    if len(peer_id) > _PEER_ID_CHARS_MAX or not peer_id.isalnum():  # base58 takes quadratic time and drops white space
+        raise ValueError(f"{peer_id[:80]!r} is not a peer id")
     raw = base58.b58decode(peer_id)
     if len(raw) != len(_PREFIX) + PUBLIC_KEY_BYTES or not raw.startswith(_PREFIX):
         raise ValueError(f"{peer_id[:80]!r} is not the peer id of an Ed25519 key")

@@ -135,7 +135,8 @@ class JobStreams:
         entry = self._jobs[chunk.job]
         if chunk.step != entry.tokens:
             raise ValueError(f"chunk at step {chunk.step} of job {chunk.job} where step {entry.tokens} was due")
-        entry.tokens += len(chunk.tokens) // 4
-        if entry.tokens > limits.COMPLETION_TOKENS_MAX:
+        tokens = entry.tokens + len(chunk.tokens) // 4
+        if tokens > limits.COMPLETION_TOKENS_MAX:
             raise ValueError(f"job {chunk.job} sent more than {limits.COMPLETION_TOKENS_MAX} tokens")
+        entry.tokens = tokens
         entry.digest.update(chunk.tokens)

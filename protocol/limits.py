@@ -9,7 +9,7 @@ from __future__ import annotations
 # Wire: frames
 FRAME_HEADER_BYTES_MAX = 256 * 1024
 FRAME_BODY_BYTES_MAX = 64 * 1024 * 1024  # a hidden state of 512 positions x 8,192 x f32 is 16 MiB; four of these
-NESTING_MAX = 8
+ARRAY_ENTRIES_MAX = 4096  # entries of one array inside a header or an envelope
 
 # Wire: envelopes and ads
 ENVELOPE_BYTES_MAX = 64 * 1024
@@ -26,6 +26,9 @@ NAME_CHARS_MAX = 128
 TEXT_CHARS_MAX = 1024
 BOOK_PEERS_MAX = 20_000
 BOOK_REPLY_ENVELOPES_MAX = 128
+BOOK_REPLY_BYTES_MAX = 192 * 1024  # an answer travels in the header of one frame
+BOOK_REQUEST_PEERS_MAX = 512  # 61 bytes each; larger books are compared a part at a time
+CATCHUP_INTERVAL_S = 5.0  # each node compares its book with one neighbour's this often
 
 # Wire: tickets and receipts
 TICKET_LIFETIME_S = 600.0
@@ -40,6 +43,7 @@ PRICE_MICROS_MAX = 10**15
 JOBS_PER_LINK_MAX = 1024
 JOB_INPUT_BYTES_MAX = 5 * 1024 * 1024  # 128 messages of 32,768 characters, with room for escapes
 JOB_CHUNK_TEXT_BYTES_MAX = 64 * 1024
+JOB_CHUNK_LOGPROBS_BYTES_MAX = 128 * 1024
 STREAMS_PER_PEER_MAX = 64
 HELLO_TIMEOUT_S = 10.0
 OPEN_TIMEOUT_S = 30.0
@@ -91,9 +95,61 @@ PEERS_REMEMBERED_MAX = 500
 CACHE_BYTES_DEFAULT = 20 * 1024**3
 
 assert AD_BYTES_MAX < ENVELOPE_BYTES_MAX < FRAME_HEADER_BYTES_MAX
+assert ENVELOPE_BYTES_MAX + 1024 <= BOOK_REPLY_BYTES_MAX < FRAME_HEADER_BYTES_MAX - 16 * BOOK_REPLY_ENVELOPES_MAX
+assert BOOK_REQUEST_PEERS_MAX * 128 < FRAME_HEADER_BYTES_MAX
+assert max(BOOK_REQUEST_PEERS_MAX, LOGIT_BIAS_ENTRIES_MAX, MESSAGES_MAX) <= ARRAY_ENTRIES_MAX
 assert 2 * AD_REFRESH_S < AD_LIFETIME_S
+assert KEEPALIVE_INTERVAL_S + KEEPALIVE_TIMEOUT_S + CATCHUP_INTERVAL_S <= 15.0, "one missed notice is made up for in time"
 assert KEEPALIVE_INTERVAL_S + KEEPALIVE_TIMEOUT_S < 15.0, "a dead Island has to leave the book within 15 s"
+assert JOB_CHUNK_TEXT_BYTES_MAX + JOB_CHUNK_LOGPROBS_BYTES_MAX + 1024 <= FRAME_HEADER_BYTES_MAX
 assert JOB_INPUT_BYTES_MAX < FRAME_BODY_BYTES_MAX
 assert MESSAGES_MAX * MESSAGE_CHARS_MAX <= JOB_INPUT_BYTES_MAX
 assert COMPLETION_TOKENS_DEFAULT <= COMPLETION_TOKENS_MAX
 assert BODY_BYTES_MAX <= JOB_INPUT_BYTES_MAX
+
+# Network layer (node/net)
+STREAM_WINDOW_BYTES = 16 * 1024 * 1024  # more than the usual message, or each message waits one round trip longer
+CONNECTION_WINDOW_BYTES_MAX = 128 * 1024 * 1024  # what one peer may make us buffer beyond the small first windows
+CONTROL_BYTES_MAX = 64 * 1024  # answers that a peer does not fetch; past this it is not reading at all
+WRITE_STALL_S = 30.0  # one batch of at most 256 KiB may take this long to leave
+HANDSHAKE_TIMEOUT_S = 10.0
+DIAL_STAGGER_S = 0.25  # head start of one address of a peer over the next (RFC 8305 recommends 250 ms)
+RECONNECT_HELD_MAX_S = 1.0  # cap for peers that we must hold: "a redial works within 2 s of its return"
+PEER_EVENTS_QUEUED_MAX = 4096
+GOSSIP_QUEUED_MAX = 4096
+GOSSIP_SEEN_S = 120.0
+
+assert AD_ADDRESSES_MAX * DIAL_STAGGER_S < DIAL_TIMEOUT_S, "the last address must get its turn"
+assert CONNECTION_WINDOW_BYTES_MAX >= STREAM_WINDOW_BYTES
+
+# Engine (runtimes/gguf)
+ENGINE_SLOTS_MAX = 128  # with as many remembered prefixes this stays within llama.cpp's 256 sequences
+ENGINE_WAITING_MAX = 64  # jobs that wait for room inside an Island before it says no_capacity
+WORKER_LOAD_TIMEOUT_S = 900.0  # a large model from a slow disk
+WORKER_STALL_S = 120.0  # a worker that has jobs and says nothing for so long is ended
+WORKER_RESTART_MIN_S = 0.2
+WORKER_RESTART_MAX_S = 30.0
+WORKER_EXIT_S = 2.0
+GBNF_BYTES_MAX = 192 * 1024
+GRAMMARS_REMEMBERED_MAX = 256
+GRAMMAR_MEMORY_BYTES_MAX = 2 * 1024**3
+GRAMMAR_STEP_S_MAX = 0.25  # a grammar that needs longer for one token would hold up all other answers
+TEMPLATE_STEPS_MAX = 200_000  # rounds of loops and calls in one rendering; 128 messages need a few thousand
+CHUNK_TOKENS_MAX = 256  # chunks that wait for a slow reader are joined up to here
+
+assert GBNF_BYTES_MAX < FRAME_HEADER_BYTES_MAX
+
+# Coordinator
+CAPACITY_WAIT_S = 30.0  # how long a job waits where all Islands are full
+ISLAND_WAIT_S = 5.0  # how long it waits for an Island to come back where none is left
+PLACE_RETRY_S = 0.25
+NO_CAPACITY_REST_S = 0.25  # an Island that said that it is full is left alone that long, doubled each time up to 2 s
+NO_CAPACITY_REST_MAX_S = 2.0
+WAITING_JOBS_MAX = 2000
+CANDIDATES_MAX = 64  # Islands that are scored for one job; more are sampled
+CARGO_REMEMBERED_S = 300.0  # so long "nobody offers it now" is told from "unknown model"
+CARGOS_REMEMBERED_MAX = 1000
+JOB_ATTEMPTS_MAX = 8
+JOB_TIMEOUT_S = 600.0
+COMPLETION_CHOICES_MAX = 64  # prompts x n of one completion request
+RESPONSE_BUFFER_EVENTS_MAX = 256

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 from protocol import checks, limits
 from protocol.errors import Code
@@ -48,8 +49,8 @@ class Hello:
 
     def __post_init__(self) -> None:
         checks.in_range("version", self.version, 1, 1000)
-        checks.at_most("network", self.network, limits.NAME_CHARS_MAX)
-        checks.at_most("agent", self.agent, limits.NAME_CHARS_MAX)
+        checks.printable("network", self.network, limits.NAME_CHARS_MAX)
+        checks.printable("agent", self.agent, limits.NAME_CHARS_MAX)
         checks.at_most("delegation", self.delegation, limits.ENVELOPE_BYTES_MAX)
 
 
@@ -104,8 +105,8 @@ class JobChunk:
     def __post_init__(self) -> None:
         _job(self.job)
         checks.in_range("step", self.step, 0, limits.COMPLETION_TOKENS_MAX)
-        checks.at_most("text", self.text, limits.JOB_CHUNK_TEXT_BYTES_MAX)
-        checks.at_most("logprobs", self.logprobs, limits.FRAME_HEADER_BYTES_MAX)
+        checks.utf8("text", self.text, limits.JOB_CHUNK_TEXT_BYTES_MAX)
+        checks.at_most("logprobs", self.logprobs, limits.JOB_CHUNK_LOGPROBS_BYTES_MAX)
         if not self.tokens or len(self.tokens) % 4 or len(self.tokens) // 4 > limits.COMPLETION_TOKENS_MAX:
             raise ValueError("a chunk carries whole int32 tokens, at least one")
 
@@ -127,7 +128,7 @@ class JobDone:
 
     def __post_init__(self) -> None:
         _job(self.job)
-        checks.at_most("text", self.text, limits.JOB_CHUNK_TEXT_BYTES_MAX)
+        checks.utf8("text", self.text, limits.JOB_CHUNK_TEXT_BYTES_MAX)
         checks.in_range("prompt_tokens", self.prompt_tokens, 0, 2**31)
         checks.in_range("cached_tokens", self.cached_tokens, 0, self.prompt_tokens)
         checks.in_range("completion_tokens", self.completion_tokens, 0, limits.COMPLETION_TOKENS_MAX)
@@ -172,6 +173,7 @@ class Announce:
         checks.at_most("envelopes", self.envelopes, limits.BOOK_REPLY_ENVELOPES_MAX)
         for envelope in self.envelopes:
             checks.at_most("envelope", envelope, limits.ENVELOPE_BYTES_MAX)
+        checks.in_range("bytes announced", sum(map(len, self.envelopes)), 0, limits.BOOK_REPLY_BYTES_MAX)
 
 
 @ADS.message(3)
@@ -190,19 +192,53 @@ class AdAck:
 
 @dataclass(frozen=True, slots=True)
 class Known:
+    """What the asker has of a peer: the sequence of its ad, or, with ``lost``, of the ad that a notice of loss ended."""
+
     peer: str
     sequence: int
+    lost: bool = False
+
+    def __post_init__(self) -> None:
+        checks.peer_id("known peer", self.peer)
+        checks.in_range("known sequence", self.sequence, 1, 2**53)
 
 
 @ADS.message(4)
 @dataclass(frozen=True, slots=True)
 class BookRequest:
-    """Send me the ads that are newer than these. Answered by Announce; ask again while it is full."""
+    """Send me what you know of the peers ``p`` with ``after < p <= until`` that is newer than this. Answered by one Announce.
+
+    ``known`` is everything the asker has in that range, by peer id in ascending order; an empty ``until`` has no upper end.
+    """
 
     known: tuple[Known, ...]
+    after: str = ""
+    until: str = ""
 
     def __post_init__(self) -> None:
-        checks.at_most("known", self.known, 2000)
+        checks.at_most("known", self.known, limits.BOOK_REQUEST_PEERS_MAX)
+        for end in (self.after, self.until):
+            if end:
+                checks.peer_id("end of the range", end)
+        peers = [known.peer for known in self.known]
+        if any(left >= right for left, right in pairwise(peers)):
+            raise ValueError("the known peers must ascend")
+        if peers and not (self.after < peers[0] and (not self.until or peers[-1] <= self.until)):
+            raise ValueError("a known peer is outside the range")
+
+
+@ADS.message(5)
+@dataclass(frozen=True, slots=True)
+class Coordinators:
+    """Any peer to a newcomer: here are the Coordinators that I know. Addresses end in ``/p2p/PEER_ID``; what they say of themselves is
+    checked by their delegation, so a liar can only waste a dial."""
+
+    addresses: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        checks.at_most("addresses", self.addresses, limits.AD_ADDRESSES_MAX)
+        for address in self.addresses:
+            checks.at_most("address", address, limits.TEXT_CHARS_MAX)
 
 
 JOB.seal()

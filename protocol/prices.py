@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from protocol import checks, limits
 
-_DECIMAL = re.compile(r"(\d{1,9})(?:\.(\d{1,6}))?\Z")
+_DECIMAL = re.compile(r"([0-9]{1,9})(?:\.([0-9]{1,6}))?\Z")
 
 
 @dataclass(frozen=True, slots=True)

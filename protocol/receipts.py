@@ -10,6 +10,7 @@ from protocol.errors import RemoteProtocolError, SignatureError
 from protocol.generation import FinishReason
 from protocol.identity import Signer
 from protocol.registry import Struct
+from protocol.tickets import Ticket
 
 RECEIPT_VERSION = 1
 
@@ -80,3 +81,14 @@ def check_receipt(
         raise RemoteProtocolError(
             f"the receipt asks {receipt.price_micros} micro-credits, the ticket allows {price_max_micros}"
         )
+
+
+def check_receipt_of_ticket(receipt: Receipt, ticket: Ticket) -> None:
+    """Raises RemoteProtocolError when the receipt says something else than the ticket whose hash it names, or more than it allows."""
+    if receipt.island not in ticket.route:
+        raise RemoteProtocolError(f"the receipt comes from {receipt.island}, which is not on the ticket's route")
+    for name in ("network", "job_id", "content_hash"):
+        if getattr(receipt, name) != getattr(ticket, name):
+            raise RemoteProtocolError(f"the receipt's {name} is not the ticket's")
+    if receipt.sent_tokens > ticket.token_limit or receipt.price_micros > ticket.price_limit_micros:
+        raise RemoteProtocolError("the receipt counts more than the ticket allows")

@@ -6,7 +6,7 @@ for each field's type; so decoding needs no reflection and nothing on the wire i
 ``body()`` is left out of the array and travels behind it as raw bytes, so tensors and token batches are never re-encoded.
 
 Rules: a number is used once, numbers start at 1 and have no gaps (``seal``), the count of fields is exact, an int is never a bool,
-a float is finite. What the type cannot say the dataclass checks in ``__post_init__``.
+a float is finite, on the way out as on the way in. What the type cannot say the dataclass checks in ``__post_init__``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import Any, TypeVar
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 
 from protocol import limits
 from protocol.errors import LocalProtocolError, RemoteProtocolError
@@ -61,17 +61,20 @@ class _Plan:
         return self.cls(**arguments)
 
 
-def _identity(value: Any) -> Any:
-    return value
-
-
 def _scalar(kind: type[Any], where: str) -> tuple[Reader, Writer]:
+    allowed = (bytes, bytearray, memoryview) if kind is bytes else (kind,)
+
     def read(value: object) -> Any:
         if type(value) is not kind:  # exact: a bool is no int
             raise ValueError(f"{where} must be {kind.__name__}, not {type(value).__name__}")
         return value
 
-    return read, _identity
+    def write(value: Any) -> object:
+        if not isinstance(value, allowed) or (kind is int and type(value) is bool):
+            raise TypeError(f"{where} must be {kind.__name__}, not {type(value).__name__}")
+        return value
+
+    return read, write
 
 
 def _finite_float(where: str) -> tuple[Reader, Writer]:
@@ -80,7 +83,12 @@ def _finite_float(where: str) -> tuple[Reader, Writer]:
             raise ValueError(f"{where} must be a finite float")
         return value
 
-    return read, float
+    def write(value: Any) -> float:
+        if not math.isfinite(value):
+            raise ValueError(f"{where} must be finite, not {value!r}")
+        return float(value)
+
+    return read, write
 
 
 def _enum(kind: type[StrEnum], where: str) -> tuple[Reader, Writer]:
@@ -149,18 +157,29 @@ def _converter(hint: Any, where: str) -> tuple[Reader, Writer]:
 
 
 def _unpack(data: bytes | memoryview) -> object:
-    """One MessagePack value and nothing behind it. The limits stop a small frame from asking for a large allocation."""
+    """One MessagePack value and nothing behind it.
+
+    The limits stop a small frame from asking for a large allocation: msgpack makes room for an array as soon as it reads its declared
+    length, and arrays inside arrays multiply, so the length of the data alone is no bound (256 KiB could ask for 1 GB).
+    """
     size = len(data)
     return msgpack.unpackb(
         data,
         raw=False,
         strict_map_key=True,
-        max_array_len=size,
+        max_array_len=min(size, limits.ARRAY_ENTRIES_MAX),
         max_map_len=0,
         max_ext_len=0,
         max_str_len=size,
         max_bin_len=size,
     )
+
+
+def _pack(plan: _Plan, to_list: Callable[[Any], list[object]], value: object) -> bytes:
+    try:
+        return typing.cast("bytes", msgpack.packb(to_list(value)))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise LocalProtocolError(f"{plan.cls.__name__} cannot be encoded: {error}") from error
 
 
 class Struct(typing.Generic[T]):
@@ -174,17 +193,28 @@ class Struct(typing.Generic[T]):
         self._bytes_max = bytes_max
 
     def encode(self, value: T) -> bytes:
-        return typing.cast("bytes", msgpack.packb(self._plan.to_list(value)))
+        """Raises LocalProtocolError for a value that the other side would refuse."""
+        data = _pack(self._plan, self._plan.to_list, value)
+        if len(data) > self._bytes_max:
+            raise LocalProtocolError(f"{self._plan.cls.__name__} of {len(data)} bytes is over {self._bytes_max}")
+        return data
 
     def decode(self, data: bytes) -> T:
-        """Raises RemoteProtocolError for anything but exactly one valid value."""
+        """Raises RemoteProtocolError for anything but exactly one valid value in its canonical encoding.
+
+        One value has one encoding: otherwise whoever passes a signed thing on could change its bytes, and so its hash, without
+        touching its signature (receipts name the ticket by its hash, gossip tells messages apart by theirs).
+        """
         if len(data) > self._bytes_max:
             raise RemoteProtocolError(f"{self._plan.cls.__name__} of {len(data)} bytes is over {self._bytes_max}")
         try:
             values = _unpack(data)
             if type(values) is not list:
                 raise ValueError("not an array")
-            return typing.cast("T", self._plan.from_list(values))
+            value = typing.cast("T", self._plan.from_list(values))
+            if msgpack.packb(values) != data:
+                raise ValueError("not the shortest encoding")
+            return value
         except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
             raise RemoteProtocolError(f"malformed {self._plan.cls.__name__}: {error}") from error
 
@@ -232,7 +262,7 @@ class Registry:
         except KeyError:
             raise LocalProtocolError(f"{type(message).__name__} is no message of {self.name}") from None
         raw = getattr(message, plan.body_name) if plan.body_name is not None else b""
-        return typing.cast("bytes", msgpack.packb([number, *plan.to_list(message)])), raw
+        return _pack(plan, lambda value: [number, *plan.to_list(value)], message), raw
 
     def decode(self, header: bytes | memoryview, raw_body: bytes | memoryview = b"") -> Any:
         """The message of a frame. Raises RemoteProtocolError for anything that is not one."""

@@ -68,8 +68,11 @@ class Ticket:
         checks.in_range("route length", len(self.route), 1, limits.ROUTE_STAGES_MAX)
         for peer in self.route:
             checks.peer_id("route", peer)
+        checks.unique("route", self.route)
         if len(self.boots) != len(self.route):
             raise ValueError("a ticket names one boot for each Island of its route")
+        for boot in self.boots:
+            checks.in_range("boot", boot, 1, 2**53)
         checks.label("cargo", self.cargo, limits.NAME_CHARS_MAX)
         checks.content_hash("content_hash", self.content_hash)
         checks.in_range("token_limit", self.token_limit, 1, limits.COMPLETION_TOKENS_MAX)
@@ -97,11 +100,18 @@ def read_delegation(data: bytes, now_ms: int) -> Delegation:
         raise SignatureError("a delegation must be signed by the network's own key")
     if delegation.expires_at_ms < now_ms:
         raise RemoteProtocolError("the Coordinator's delegation has expired; its operator has to renew it")
+    if delegation.expires_at_ms > now_ms + (limits.DELEGATION_LIFETIME_S + limits.CLOCK_SKEW_S) * 1000:
+        raise RemoteProtocolError("the Coordinator's delegation is for longer than the protocol allows")
     return delegation
 
 
 def sign_ticket(ticket: Ticket, coordinator: Signer) -> bytes:
     return seal(Label.TICKET, _TICKET.encode(ticket), coordinator)
+
+
+def read_ticket(data: bytes) -> Ticket:
+    """The ticket in an envelope, for whoever holds it. Raises RemoteProtocolError; says nothing about who may use it (see TicketGuard)."""
+    return _TICKET.decode(open_envelope(Label.TICKET, data).payload)
 
 
 def ticket_hash(data: bytes) -> bytes:
@@ -171,6 +181,7 @@ class TicketGuard:
         return ticket
 
     def _forget(self, now_ms: int) -> None:
-        """Tickets come roughly in the order of their expiry, so looking at the oldest few is enough."""
-        while self._nonces and next(iter(self._nonces.values())) < now_ms:
+        """Tickets come roughly in the order of their expiry, so looking at the oldest few is enough. Nonces outlive their tickets by
+        CLOCK_SKEW_S: a clock that is set back must not make an old ticket new."""
+        while self._nonces and next(iter(self._nonces.values())) < now_ms - limits.CLOCK_SKEW_S * 1000:
             self._nonces.popitem(last=False)
