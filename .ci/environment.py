@@ -1,0 +1,269 @@
+"""Makes the virtual environments for `make setup`, `make setup-test` and `make bench`.
+
+Runs on the system's Python with its standard library only. Everything that is missing is named with the command that brings it; a
+long step shows that it lives; a second run finds the stamp and does nothing.
+"""
+
+import argparse
+import configparser
+import hashlib
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON_MIN = (3, 11)
+TICK_S = 10.0
+LEVELS = {"core": ["gguf"], "test": ["gguf", "test"]}
+GPU_BUILDS = {
+    # kind: (flags for llama.cpp, a program that its toolkit brings, how to get it)
+    "cuda": ("-DGGML_CUDA=on", "nvcc", "the CUDA toolkit: https://developer.nvidia.com/cuda-downloads"),
+    "vulkan": ("-DGGML_VULKAN=on", "glslc", "the Vulkan SDK (Debian: apt-get install libvulkan-dev glslc)"),
+    "metal": ("-DGGML_METAL=on", "xcrun", "Apple's command line tools: xcode-select --install"),
+}
+# Programs that tests call, and the Debian packages that bring them.
+TEST_PROGRAMS = {"git": "git", "curl": "curl"}
+INSTALLERS = {
+    # what is missing: the packages that bring it, by package manager
+    "compiler": {"apt-get": "build-essential", "dnf": "gcc gcc-c++", "pacman": "gcc", "apk": "build-base", "brew": "gcc"},
+    "headers": {"apt-get": "python{v}-dev", "dnf": "python{v}-devel", "pacman": "python", "apk": "python3-dev", "brew": "python@{v}"},
+    "venv": {"apt-get": "python{v}-venv", "dnf": "python{v}", "pacman": "python", "apk": "python3", "brew": "python@{v}"},
+    "gmp": {"apt-get": "libgmp-dev", "dnf": "gmp-devel", "pacman": "gmp", "apk": "gmp-dev", "brew": "gmp"},
+}
+INSTALL_VERB = {"apt-get": "install -y", "dnf": "install -y", "pacman": "-S", "apk": "add", "brew": "install"}
+
+
+class SetupError(Exception):
+    """Something is missing; the text says what brings it."""
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description="Make Archipelag's virtual environments.")
+    parser.add_argument("level", choices=["core", "test", "bench"])
+    parser.add_argument("--gpu", default="", help="cuda, vulkan or metal; cpu to go back; empty: as it was")
+    parser.add_argument("--venv", type=Path, default=None)
+    options = parser.parse_args(arguments)
+    try:
+        check_python(sys.version_info[:2], sys.executable)
+        if options.level == "bench":
+            make_bench(options.venv or ROOT / ".venv-bench")
+        else:
+            make_main(options.level, options.gpu, options.venv or ROOT / ".venv")
+    except SetupError as error:
+        print(f"\nsetup: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+# Checks: each returns a list of sentences, one for each thing that is missing
+
+
+def check_python(version, executable):
+    if tuple(version) < PYTHON_MIN:
+        found, needed = ".".join(map(str, version)), ".".join(map(str, PYTHON_MIN))
+        raise SetupError(
+            f"Python {needed} or newer is needed, {executable} is {found}. Install one, then say which: make setup PYTHON=python{needed}"
+        )
+
+
+def missing_tools():
+    """What the first install cannot do without: to make an environment, and to compile the packages that come as source."""
+    missing = []
+    if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
+        missing.append("Python's venv module is missing. " + advice("venv"))
+    compilers = [find_compiler("CC", "cc", "gcc", "clang"), find_compiler("CXX", "c++", "g++", "clang++")]
+    if None in compilers:
+        missing.append("A C and C++ compiler is missing (llama.cpp is compiled here). " + advice("compiler"))
+        return missing
+    include = Path(sysconfig.get_path("include"))
+    if not (include / "Python.h").is_file():
+        missing.append(f"Python's headers are missing ({include}/Python.h). " + advice("headers"))
+    if not compiles(compilers[0], "#include <gmp.h>"):
+        missing.append("The headers of GMP are missing (gmp.h; libp2p's fastecdsa needs them). " + advice("gmp"))
+    return missing
+
+
+def missing_for_gpu(gpu):
+    if gpu not in GPU_BUILDS:
+        return [f"GPU={gpu} is not known. Possible are: {', '.join(GPU_BUILDS)}, cpu."]
+    _, program, bringer = GPU_BUILDS[gpu]
+    return [] if shutil.which(program) else [f"GPU={gpu} needs {program}, which is missing. Install {bringer}."]
+
+
+def find_compiler(variable, *names):
+    """The user's choice in CC or CXX counts; it may carry arguments."""
+    chosen = os.environ.get(variable)
+    candidates = [shlex.split(chosen)[0]] if chosen else list(names)
+    return next((path for path in map(shutil.which, candidates) if path), None)
+
+
+def compiles(compiler, source):
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "probe.c"
+        file.write_text(source + "\n")
+        flags = shlex.split(os.environ.get("CFLAGS", "")) + shlex.split(os.environ.get("CPPFLAGS", ""))
+        return subprocess.run([compiler, *flags, "-E", str(file)], capture_output=True, check=False).returncode == 0
+
+
+def advice(what):
+    """The command that brings it, for this machine's package manager."""
+    version = ".".join(map(str, sys.version_info[:2]))
+    for manager, packages in INSTALLERS[what].items():
+        if shutil.which(manager):
+            sudo = "" if manager == "brew" or os.geteuid() == 0 else "sudo "
+            return f"Run: {sudo}{manager} {INSTALL_VERB[manager]} {packages.format(v=version)}"
+    return f"Install what Debian calls {INSTALLERS[what]['apt-get'].format(v=version)}."
+
+
+# Environments
+
+
+def make_main(level, gpu, venv):
+    """`.venv` with this project in it, editable, and its extras. What an earlier run brought (extras, GPU build) stays."""
+    stamp_path = venv / "archipelag-setup.json"
+    stamp = read_stamp(stamp_path)
+    level = "test" if stamp.get("level") == "test" else level
+    gpu = gpu or stamp.get("gpu", "cpu")
+    wanted = {"level": level, "gpu": gpu, "digest": digest()}
+    if stamp != wanted or not python_of(venv).exists():
+        problems = [] if os.environ.get("SKIP_CHECKS") else missing_tools() + (missing_for_gpu(gpu) if gpu != "cpu" else [])
+        if problems:
+            raise SetupError("\n       ".join(["something is missing:", *problems]))
+        make_venv(venv)
+        print("Installing Archipelag and what it needs. llama.cpp is compiled here once: about 5 minutes on 2 cores.", flush=True)
+        target = f"{ROOT}[{','.join(LEVELS[level])}]"
+        pip_install(venv, ["--editable", target], {})
+        if gpu != stamp.get("gpu", "cpu"):
+            build_llama(venv, gpu)
+        stamp_path.write_text(json.dumps(wanted))
+        print(f"Ready: {venv.name}/bin/archipelag-node", flush=True)
+    if level == "test":
+        check_test_programs()
+
+
+def build_llama(venv, gpu):
+    """Compile llama.cpp again for a GPU (or back for the CPU). pip's cache is left out: it does not tell builds apart."""
+    requirement = next(line for line in requirements("gguf") if line.startswith("llama-cpp-python"))
+    flags = GPU_BUILDS[gpu][0] if gpu in GPU_BUILDS else ""
+    arguments = ["--force-reinstall", "--no-deps", "--no-cache-dir", "--no-binary=llama-cpp-python", requirement]
+    print(f"Compiling llama.cpp for GPU={gpu}. With a GPU this takes 10 minutes and more.", flush=True)
+    pip_install(venv, arguments, {"CMAKE_ARGS": f"{os.environ.get('CMAKE_ARGS', '')} {flags}".strip()})
+
+
+def make_bench(venv):
+    """`.venv-bench`: the servers that the benchmark compares with. They would pull other versions into `.venv`."""
+    stamp_path = venv / "archipelag-setup.json"
+    wanted = {"level": "bench", "digest": digest()}
+    if read_stamp(stamp_path) == wanted and python_of(venv).exists():
+        return
+    make_venv(venv)
+    print("Installing the servers to compare with (LiteLLM's proxy, llama_cpp.server).", flush=True)
+    pip_install(venv, requirements("bench"), {})
+    stamp_path.write_text(json.dumps(wanted))
+
+
+def check_test_programs():
+    missing = {program: package for program, package in TEST_PROGRAMS.items() if shutil.which(program) is None}
+    if not missing:
+        return
+    continuous = os.environ.get("CI") == "true"
+    if continuous and shutil.which("apt-get") and os.geteuid() == 0:
+        run_ticking(["apt-get", "install", "-y", "--no-install-recommends", *missing.values()], ROOT / ".venv" / "apt.log", {})
+        return
+    text = f"tests need {', '.join(missing)}. Debian: apt-get install {' '.join(missing.values())}"
+    if continuous:
+        raise SetupError(text)
+    print(f"setup: {text}\n       Tests that need them will be skipped.", file=sys.stderr)
+
+
+def make_venv(venv):
+    if works(python_of(venv)):
+        return
+    print(f"Making {venv.name} with Python {'.'.join(map(str, sys.version_info[:3]))}.", flush=True)
+    made = subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], stdin=subprocess.DEVNULL, check=False)
+    if made.returncode != 0:
+        raise SetupError("the virtual environment could not be made; what Python said stands above. " + advice("venv"))
+
+
+def works(python):
+    if not python.exists():
+        return False
+    probe = f"import sys, pip; sys.exit(sys.version_info < {PYTHON_MIN})"
+    return subprocess.run([str(python), "-c", probe], capture_output=True, check=False).returncode == 0
+
+
+def pip_install(venv, arguments, environment):
+    command = [str(python_of(venv)), "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *arguments]
+    run_ticking(command, venv / "setup.log", environment)
+
+
+def run_ticking(command, log, environment):
+    """Run a long step with its output in ``log``; say every few seconds that it lives and what it is at."""
+    began = time.monotonic()
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment}, cwd=ROOT
+        )
+        try:
+            while not ended_within(process, TICK_S):
+                print(f"  {clock(time.monotonic() - began)}  {last_line(log)}", flush=True)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if process.returncode != 0:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
+        raise SetupError(f"`{shlex.join(command)}` failed. The end of {log}:\n{tail}")
+
+
+def ended_within(process, seconds):
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def last_line(log):
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:90] if lines else "starting"
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60:2d}:{int(seconds) % 60:02d}"
+
+
+def python_of(venv):
+    return venv / "bin" / "python"
+
+
+def requirements(extra):
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    lines = config["options.extras_require"][extra].splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+
+
+def digest():
+    """Changes when the dependencies or the Python do."""
+    facts = (ROOT / "setup.cfg").read_bytes() + str(sys.version_info[:3]).encode() + str(ROOT).encode()
+    return hashlib.sha256(facts).hexdigest()
+
+
+def read_stamp(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

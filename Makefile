@@ -1,0 +1,45 @@
+# Needs Python 3.11+, a C++ compiler and make; whatever else is missing is named with the command that brings it.
+PYTHON ?= python3
+GPU ?=
+ARGS ?=
+BIN := .venv/bin
+SETUP = $(PYTHON) .ci/environment.py
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-test demo test soak bench lint clean python
+
+help:  ## This list
+	@echo "Archipelag: home GPUs as one inference service. Begin with: make demo"
+	@echo
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@echo
+	@echo "  PYTHON=python3.12 chooses a Python, ARGS=… goes on to the program (make test ARGS='-k store')."
+
+python:
+	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) is missing. Debian: apt-get install python3 python3-venv" >&2; exit 1; }
+
+setup: python  ## Make .venv with everything that an Island needs; GPU=cuda, vulkan or metal builds llama.cpp for it
+	@$(SETUP) core --gpu "$(GPU)"
+
+setup-test: python  ## The same, and what the tests and linters need
+	@$(SETUP) test --gpu "$(GPU)"
+
+demo: setup  ## A Coordinator and two Islands on this machine, and an answer from a real model
+	@$(BIN)/archipelag-node demo $(ARGS)
+
+test: setup-test  ## All tests, with reduced counts
+	@$(BIN)/python -m pytest $(ARGS)
+
+soak: setup-test  ## The tests that take long, with the full counts
+	@$(BIN)/python -m pytest -m soak -s $(ARGS)
+
+bench: setup-test  ## Measure, and compare with other servers; the table goes to stdout, JSON to bench/results/
+	@$(SETUP) bench
+	@$(BIN)/python bench/run.py $(ARGS)
+
+lint: setup-test  ## ruff and mypy --strict
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+clean:  ## Delete environments and caches of tools; models stay in the user's cache
+	rm -rf .venv .venv-bench build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
