@@ -1,0 +1,658 @@
+"""Yamux over a NoiseSession, wire-compatible with /yamux/1.0.0 and several times faster than py-libp2p 0.8.1's own.
+
+Theory of operation. A connection carries frames ``version u8 | type u8 | flags u16 | stream u32 | length u32 | body``.
+Three tasks of the connection's own nursery run it: one reads records and sorts their frames into the streams' queues
+without a single await, one flushes control frames, one sees to the keepalive. Writers take the connection's lock, seal
+at most ``_BATCH_FRAMES`` frames (each exactly one Noise record) and hand them to the socket in one call; so a large
+message costs others a quarter MiB of waiting, not all of it. Control frames (credit, acknowledgement, reset, pong) are
+only appended to a buffer: the next writer takes them along, or the control task does.
+
+What the stock muxer does instead, measured: a window update for each read, polling of a closed window, two Noise
+records per frame, four locks per frame: 1.0 ms for a 64 B echo against 0.3 ms here, 150 MB/s against 800.
+
+Rules.
+- A write to the socket is never cancelled half way: that would tear a Noise record and with it every stream. It runs
+  shielded, and ends early only when the connection is closed under it.
+- Reading never waits for writing. What reading owes is bounded: one pong at most (a newer ping replaces the older), and
+  CONTROL_BYTES_MAX of the rest, after which the peer is cut off because it does not read.
+- A peer buffers at most its window: 256 KiB for a stream that nobody has taken up, more once somebody has, within a
+  budget per connection. Small chunks are merged, so that a window of one-byte frames does not become a thousand times
+  as much memory.
+- A lost connection is a reset of all streams and never a clean end, but bytes that had arrived are delivered first.
+- Anything the specification forbids ends this connection, is counted, and touches no other.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections import deque
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Any
+
+import trio
+from cryptography.exceptions import InvalidTag
+from libp2p.abc import IMuxedConn, IMuxedStream
+from libp2p.connection_types import ConnectionType
+from libp2p.io.exceptions import IOException
+from libp2p.peer.id import ID
+from libp2p.stream_muxer.exceptions import (
+    MuxedConnUnavailable,
+    MuxedStreamEOF,
+    MuxedStreamError,
+    MuxedStreamReset,
+)
+from multiaddr import Multiaddr
+
+from node.net.fast_noise import RECORD_BYTES_MAX, NoiseSession, Piece
+from protocol import limits
+
+log = logging.getLogger(__name__)
+
+_HEADER = struct.Struct(">BBHII")
+_DATA, _WINDOW, _PING, _GO_AWAY = 0, 1, 2, 3
+_SYN, _ACK, _FIN, _RST = 1, 2, 4, 8
+
+WINDOW_BYTES_MIN = 256 * 1024  # "both sides assume the initial 256KB window"
+_SEND_WINDOW_BYTES_MAX = 1 << 31
+_BODY_BYTES_MAX = RECORD_BYTES_MAX - _HEADER.size
+_BATCH_FRAMES = 4
+_MERGE_BELOW_BYTES = 512
+_GOODBYE_S = 0.5
+_MERGED_BYTES_MAX = 64 * 1024
+_SECOND_LOOK_S = 0.5  # after this process itself was frozen, what had arrived meanwhile is read first
+
+
+class YamuxViolation(Exception):
+    """The peer sent what the specification forbids."""
+
+
+def _frame(kind: int, flags: int, stream_id: int, value: int) -> bytes:
+    return _HEADER.pack(0, kind, flags, stream_id, value)
+
+
+class FastStream(IMuxedStream):
+    """One stream. One task may read while another writes; that only one task writes is the caller's business."""
+
+    def __init__(self, connection: FastYamux, stream_id: int, inbound: bool) -> None:
+        self.muxed_conn: IMuxedConn = connection
+        self.connection = connection
+        self.stream_id = stream_id
+        self.inbound = inbound
+        self.send_closed = False
+        self.recv_closed = False
+        self.was_reset = False
+        self._left = False
+        self._send_window = WINDOW_BYTES_MIN
+        self._window = WINDOW_BYTES_MIN  # what we promised to buffer
+        self._recv_window = WINDOW_BYTES_MIN  # what the peer may still send
+        self._consumed = 0  # read by us, not yet given back as credit
+        self._chunks: deque[Piece] = deque()
+        self._readers = trio.lowlevel.ParkingLot()
+        self._writers = trio.lowlevel.ParkingLot()
+
+    def __repr__(self) -> str:
+        state = "reset" if self.was_reset else f"{'-' if self.recv_closed else 'r'}{'-' if self.send_closed else 'w'}"
+        return f"<FastStream {self.stream_id} {state}, {len(self._chunks)} chunks, may send {self._send_window} B>"
+
+    # -- reading
+
+    async def receive_chunks(self) -> list[Piece]:
+        """Everything that has arrived, at least one byte. Raises MuxedStreamEOF, MuxedStreamReset."""
+        if not self._chunks:
+            await self._wait_for_chunk()
+        chunks = list(self._chunks)
+        self._chunks.clear()
+        self._give_credit(sum(map(len, chunks)))
+        return chunks
+
+    async def read(self, n: int | None = None) -> bytes:
+        """Up to ``n`` bytes, at least one."""
+        if n == 0:
+            return b""
+        if not self._chunks:
+            await self._wait_for_chunk()
+        chunk = self._chunks.popleft()
+        if n is not None and 0 < n < len(chunk):
+            view = memoryview(chunk)
+            self._chunks.appendleft(view[n:])
+            chunk = view[:n]
+        self._give_credit(len(chunk))
+        return bytes(chunk)
+
+    async def _wait_for_chunk(self) -> None:
+        while not self._chunks:
+            if self.was_reset:
+                raise MuxedStreamReset("the stream or its connection was lost")
+            if self.recv_closed:
+                raise MuxedStreamEOF("the peer has ended the stream")
+            await self._readers.park()
+
+    def _give_credit(self, count: int) -> None:
+        self._consumed += count
+        if self._consumed * 4 >= self._window and not self.recv_closed:
+            self.connection.send_control(_frame(_WINDOW, 0, self.stream_id, self._consumed))
+            self._recv_window += self._consumed
+            self._consumed = 0
+
+    def widen_window(self) -> None:
+        """Lets the peer send large messages without waiting, as far as the connection's budget reaches."""
+        extra = self.connection.reserve_window(limits.STREAM_WINDOW_BYTES - self._window)
+        if extra > 0 and not self.recv_closed:
+            self._window += extra
+            self._recv_window += extra
+            self.connection.send_control(_frame(_WINDOW, 0, self.stream_id, extra))
+
+    # -- writing
+
+    async def write(self, data: Piece) -> None:
+        """Waits until all of it has left. Cancelled before the first byte it leaves no trace; half way, a reset."""
+        view = memoryview(data)
+        offset = 0
+        try:
+            while offset < len(view):
+                self._check_writable()
+                await trio.lowlevel.checkpoint_if_cancelled()
+                if self._send_window <= 0:
+                    await self._writers.park()
+                    continue
+                offset += await self.connection.send_data(self, view[offset:])
+        except trio.Cancelled:
+            if offset:
+                self.reset_nowait()
+            raise
+
+    def _check_writable(self) -> None:
+        if self.was_reset:
+            raise MuxedStreamReset("the stream or its connection was lost")
+        if self.send_closed:
+            raise MuxedStreamError("the stream was closed for writing")
+
+    def take_frames(self, view: memoryview) -> tuple[list[Piece], int]:
+        """Data frames for at most one batch of ``view``, as far as the window reaches, and the count of its bytes."""
+        self._check_writable()
+        frames: list[Piece] = []
+        taken = 0
+        while len(frames) < _BATCH_FRAMES:
+            size = min(self._send_window, _BODY_BYTES_MAX, len(view) - taken)
+            if size <= 0:
+                break
+            frames.append(b"".join((_frame(_DATA, 0, self.stream_id, size), view[taken : taken + size])))
+            taken += size
+            self._send_window -= size
+        return frames, taken
+
+    # -- ending
+
+    async def close(self) -> None:
+        """Ends our direction; the peer may go on sending. Never fails."""
+        self.close_write_nowait()
+        await trio.lowlevel.checkpoint()
+
+    def close_write_nowait(self) -> None:
+        if self.send_closed:
+            return
+        self.send_closed = True
+        self._writers.unpark_all()
+        self.connection.send_control(_frame(_WINDOW, _FIN, self.stream_id, 0))
+        self._forget_if_done()
+
+    async def reset(self) -> None:
+        self.reset_nowait()
+        await trio.lowlevel.checkpoint()
+
+    def reset_nowait(self) -> None:
+        """Ends both directions at once and drops what was not read. Never fails."""
+        done = self.send_closed and self.recv_closed
+        self._chunks.clear()
+        if not done:
+            self.connection.send_control(_frame(_WINDOW, _RST, self.stream_id, 0))
+        self.lose()
+
+    def leave_nowait(self) -> None:
+        """Ends our direction and stops listening: should the peer go on sending, the stream is reset then."""
+        self._left = True
+        self._chunks.clear()
+        self.close_write_nowait()
+
+    def lose(self) -> None:
+        """The stream is no more; chunks that had arrived stay readable."""
+        self.send_closed = self.recv_closed = self.was_reset = True
+        self._wake()
+        self._forget_if_done()
+
+    def _wake(self) -> None:
+        self._readers.unpark_all()
+        self._writers.unpark_all()
+
+    def _forget_if_done(self) -> None:
+        if self.send_closed and self.recv_closed:
+            self.connection.forget(self, self._window - WINDOW_BYTES_MIN)
+            self._window = WINDOW_BYTES_MIN
+
+    # -- called by the connection's reader
+
+    def expect(self, count: int) -> None:
+        """A data frame of ``count`` bytes begins. Raises YamuxViolation when it overruns the window."""
+        if self.recv_closed and not self.was_reset:
+            raise YamuxViolation("data after the end of a stream")
+        self._recv_window -= count
+        if self._recv_window < 0:
+            raise YamuxViolation("more data than the window allows")
+
+    def deliver(self, chunk: memoryview) -> None:
+        if self.recv_closed:
+            return
+        if self._left:
+            self.reset_nowait()
+            return
+        queue = self._chunks
+        if queue and len(chunk) < _MERGE_BELOW_BYTES:
+            last = queue[-1]
+            if type(last) is bytearray and len(last) < _MERGED_BYTES_MAX:
+                last += chunk
+            else:
+                queue.append(bytearray(chunk))
+        else:
+            queue.append(chunk)
+        self._readers.unpark_all()
+
+    def add_send_window(self, count: int) -> None:
+        self._send_window += count
+        if self._send_window > _SEND_WINDOW_BYTES_MAX:
+            raise YamuxViolation("the send window overflowed")
+        self._writers.unpark_all()
+
+    def peer_ended(self, flags: int) -> None:
+        if flags & _RST:
+            self.lose()
+        elif flags & _FIN:
+            self.recv_closed = True
+            self._readers.unpark_all()
+            self._forget_if_done()
+
+    # -- the rest of libp2p's interface
+
+    def set_deadline(self, ttl: int) -> None:
+        raise NotImplementedError("use a trio cancel scope")
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        return self.connection.get_remote_address()
+
+    async def __aenter__(self) -> IMuxedStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class FastYamux(IMuxedConn):
+    """One connection to one peer."""
+
+    def __init__(
+        self,
+        conn: NoiseSession,
+        peer_id: ID,
+        is_initiator: bool | None = None,
+        on_close: Callable[[], Awaitable[Any]] | None = None,
+    ) -> None:
+        self.secured_conn = conn
+        self.peer_id = peer_id
+        self.on_close = on_close
+        self.event_started = trio.Event()
+        self.event_closed = trio.Event()
+        self.lost_reason: str | None = None
+        self.round_trip_s: float | None = None
+        self._session = conn
+        self._owner = conn.owner
+        self._initiator = conn.is_initiator if is_initiator is None else is_initiator
+        self._next_stream_id = 1 if self._initiator else 2
+        self._streams: dict[int, FastStream] = {}
+        self._inbound_count = 0
+        self._outbound_room = trio.lowlevel.ParkingLot()
+        self._accepted, self._to_accept = trio.open_memory_channel[FastStream](limits.STREAMS_PER_PEER_MAX)
+        self._window_reserved = 0
+        self._scope: trio.CancelScope | None = None
+        # writing
+        self._lock = trio.Lock()
+        self._control = bytearray()
+        self._control_waiter = trio.lowlevel.ParkingLot()
+        self._pong: int | None = None
+        self._write_began_s: float | None = None
+        # reading
+        self._partial = b""
+        self._body_left = 0
+        self._body_stream: FastStream | None = None
+        self._body_flags = 0
+        self._heard_s = trio.current_time()
+        self._heard = trio.lowlevel.ParkingLot()
+        self._ping_sent_s = 0.0
+        self._ping_number = 0
+
+    def __repr__(self) -> str:
+        state = f"lost: {self.lost_reason}" if self.lost_reason else f"{len(self._streams)} streams"
+        return f"<FastYamux {self.peer_id} {'out' if self._initiator else 'in'}, {state}>"
+
+    @property
+    def stream_count(self) -> int:
+        return len(self._streams)
+
+    # -- life
+
+    async def start(self) -> None:
+        """Runs the connection until it is lost or closed. Raises nothing but trio.Cancelled."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._scope = nursery.cancel_scope
+                if self.lost_reason is not None:
+                    nursery.cancel_scope.cancel()
+                nursery.start_soon(self._receive_loop)
+                nursery.start_soon(self._control_loop)
+                nursery.start_soon(self._keepalive_loop)
+                if self.lost_reason is None:
+                    self._owner.connection_began(self)
+                self.event_started.set()
+        finally:
+            self.lose("the host is stopping")
+            with trio.CancelScope(shield=True):
+                await self._finish()
+
+    def lose(self, reason: str, *, violation: bool = False) -> None:
+        """The connection is over: the socket is closed, streams are lost, tasks end. Never waits, never fails."""
+        if self.lost_reason is not None:
+            return
+        self.lost_reason = reason
+        if violation:
+            self._owner.counters.connections_broken += 1
+            log.warning("connection to %s broken: %s", self.peer_id, reason)
+        self._session.close_nowait()
+        self._owner.connection_ended(self, reason)
+        for stream in list(self._streams.values()):
+            stream.lose()
+        self._accepted.close()
+        self._outbound_room.unpark_all()
+        if self._scope is not None:
+            self._scope.cancel()
+
+    async def _finish(self) -> None:
+        self.event_started.set()
+        self.event_closed.set()
+        if self.on_close is not None:
+            try:
+                await self.on_close()
+            except Exception as error:
+                log.warning("closing the connection to %s: %s: %s", self.peer_id, type(error).__name__, error)
+
+    async def close(self, error_code: int = 0) -> None:
+        """Says goodbye if that is possible at once, then closes."""
+        if self.lost_reason is None:
+            self._control += _frame(_GO_AWAY, 0, 0, error_code)
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _GOODBYE_S):
+                await self._flush_control()
+        self.lose("closed on this side")
+        if self._scope is None:
+            self.event_closed.set()
+        await trio.lowlevel.checkpoint()
+
+    # -- streams
+
+    async def open_stream(self) -> FastStream:
+        """Waits while STREAMS_PER_PEER_MAX of our streams are open, since the peer would refuse more."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while self.lost_reason is None and len(self._streams) - self._inbound_count >= limits.STREAMS_PER_PEER_MAX:
+            await self._outbound_room.park()
+        if self.lost_reason is not None:
+            raise MuxedStreamError(f"the connection is lost: {self.lost_reason}")
+        stream = FastStream(self, self._next_stream_id, inbound=False)
+        self._next_stream_id += 2
+        self._streams[stream.stream_id] = stream
+        self._owner.counters.streams_opened += 1
+        self.send_control(_frame(_WINDOW, _SYN, stream.stream_id, 0))
+        return stream
+
+    async def accept_stream(self) -> FastStream:
+        try:
+            return await self._to_accept.receive()
+        except trio.EndOfChannel:
+            raise MuxedConnUnavailable("the connection is lost") from None
+
+    def forget(self, stream: FastStream, window_bytes: int) -> None:
+        """The stream is over in both directions; its part of the budget is free again."""
+        if self._streams.pop(stream.stream_id, None) is None:
+            return
+        self._window_reserved -= window_bytes
+        if stream.inbound:
+            self._inbound_count -= 1
+        else:
+            self._outbound_room.unpark()
+
+    def reserve_window(self, wanted: int) -> int:
+        granted = max(0, min(wanted, limits.CONNECTION_WINDOW_BYTES_MAX - self._window_reserved))
+        self._window_reserved += granted
+        return granted
+
+    # -- writing
+
+    async def send_data(self, stream: FastStream, view: memoryview) -> int:
+        """Sends one batch; returns how many bytes of ``view`` it held, which is 0 when the window closed meanwhile."""
+        await self._acquire()
+        try:
+            frames, taken = stream.take_frames(view)
+            if frames:
+                await self._send(frames)
+        finally:
+            self._lock.release()
+        return taken
+
+    def send_control(self, frame: bytes) -> None:
+        if self.lost_reason is not None:
+            return
+        self._control += frame
+        if len(self._control) > limits.CONTROL_BYTES_MAX:
+            self.lose("the peer does not read", violation=True)
+        self._control_waiter.unpark()
+
+    async def _acquire(self) -> None:
+        try:
+            self._lock.acquire_nowait()
+        except trio.WouldBlock:
+            await self._lock.acquire()
+
+    def _take_control(self) -> list[Piece]:
+        control = self._control
+        if self._pong is not None:
+            control += _frame(_PING, _ACK, 0, self._pong)
+            self._pong = None
+        self._control = bytearray()
+        return [control[i : i + RECORD_BYTES_MAX] for i in range(0, len(control), RECORD_BYTES_MAX)]
+
+    async def _send(self, frames: list[Piece]) -> None:
+        """Under the lock: seals and sends frames, control first. Raises MuxedStreamReset."""
+        if self.lost_reason is not None:
+            raise MuxedStreamReset(f"the connection is lost: {self.lost_reason}")
+        if self._control or self._pong is not None:
+            frames = self._take_control() + frames
+        self._write_began_s = trio.current_time()
+        try:
+            with trio.CancelScope(shield=True):
+                await self._session.send(self._session.seal(frames))
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self.lose(f"writing failed: {type(error).__name__}")
+            raise MuxedStreamReset(f"the connection is lost: {self.lost_reason}") from error
+        finally:
+            self._write_began_s = None
+
+    async def _flush_control(self) -> None:
+        await self._acquire()
+        try:
+            if self._control or self._pong is not None:
+                await self._send([])
+        except MuxedStreamReset:
+            return  # lose() has said why
+        finally:
+            self._lock.release()
+
+    async def _control_loop(self) -> None:
+        while self.lost_reason is None:
+            if not self._control and self._pong is None:
+                await self._control_waiter.park()
+            await self._flush_control()
+
+    # -- reading
+
+    async def _receive_loop(self) -> None:
+        try:
+            while True:
+                for record in await self._session.read_records():
+                    self._feed(record)
+                self._heard_s = trio.current_time()
+                self._heard.unpark_all()
+        except (IOException, OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self.lose(f"reading failed: {type(error).__name__}: {error}")
+        except InvalidTag:
+            self.lose("a record does not authenticate", violation=True)
+        except YamuxViolation as error:
+            self.lose(str(error), violation=True)
+        except Exception as error:  # a bug of ours in reading one peer must not end the whole node
+            log.exception("reading from %s", self.peer_id)
+            self.lose(f"internal error: {type(error).__name__}", violation=True)
+
+    def _feed(self, record: bytes) -> None:
+        view = memoryview(record)
+        offset, end = 0, len(view)
+        while offset < end:
+            if self._body_left:
+                offset = self._on_body(view, offset, end)
+            elif not self._partial and end - offset >= _HEADER.size:
+                self._on_header(*_HEADER.unpack_from(view, offset))
+                offset += _HEADER.size
+            else:
+                taken = view[offset : offset + _HEADER.size - len(self._partial)]
+                offset += len(taken)
+                self._partial += taken
+                if len(self._partial) == _HEADER.size:
+                    header, self._partial = self._partial, b""
+                    self._on_header(*_HEADER.unpack(header))
+
+    def _on_body(self, view: memoryview, offset: int, end: int) -> int:
+        stop = min(end, offset + self._body_left)
+        self._body_left -= stop - offset
+        if self._body_stream is not None:
+            self._body_stream.deliver(view[offset:stop])
+            if not self._body_left and self._body_flags:
+                self._body_stream.peer_ended(self._body_flags)
+        return stop
+
+    def _on_header(self, version: int, kind: int, flags: int, stream_id: int, value: int) -> None:
+        if version != 0:
+            raise YamuxViolation(f"version {version}")
+        if kind == _DATA:
+            self._on_data(flags, stream_id, value)
+        elif kind == _WINDOW:
+            self._on_window(flags, stream_id, value)
+        elif kind == _PING:
+            self._on_ping(flags, value)
+        elif kind == _GO_AWAY:
+            self.lose("the peer said goodbye")
+        else:
+            raise YamuxViolation(f"frame type {kind}")
+
+    def _on_data(self, flags: int, stream_id: int, count: int) -> None:
+        if flags & _SYN:
+            self._on_syn(stream_id)
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            stream.expect(count)
+            if not count:
+                stream.peer_ended(flags)
+        elif count > limits.STREAM_WINDOW_BYTES:
+            raise YamuxViolation(f"a frame of {count} bytes")
+        self._body_left, self._body_stream, self._body_flags = count, stream, flags & (_FIN | _RST)
+
+    def _on_window(self, flags: int, stream_id: int, count: int) -> None:
+        if flags & _SYN:
+            self._on_syn(stream_id)
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            if count:
+                stream.add_send_window(count)
+            stream.peer_ended(flags)
+
+    def _on_syn(self, stream_id: int) -> None:
+        if stream_id in self._streams or not stream_id:
+            raise YamuxViolation(f"stream {stream_id} was opened twice")
+        if stream_id % 2 == (1 if self._initiator else 0):
+            raise YamuxViolation(f"stream {stream_id} has our own parity")
+        if self._inbound_count >= limits.STREAMS_PER_PEER_MAX:
+            self._owner.counters.streams_refused += 1
+            self.send_control(_frame(_WINDOW, _RST, stream_id, 0))
+            return
+        stream = FastStream(self, stream_id, inbound=True)
+        try:
+            self._accepted.send_nowait(stream)
+        except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
+            self._owner.counters.streams_refused += 1
+            self.send_control(_frame(_WINDOW, _RST, stream_id, 0))
+            return
+        self._streams[stream_id] = stream
+        self._inbound_count += 1
+        self._owner.counters.streams_accepted += 1
+        self.send_control(_frame(_WINDOW, _ACK, stream_id, 0))
+
+    def _on_ping(self, flags: int, number: int) -> None:
+        if flags & _SYN:
+            self._pong = number
+            self._control_waiter.unpark()
+        elif flags & _ACK and number == self._ping_number:
+            self.round_trip_s = trio.current_time() - self._ping_sent_s
+
+    # -- keepalive
+
+    async def _keepalive_loop(self) -> None:
+        """Anything that is heard proves life; a ping only makes a healthy peer say something."""
+        while self.lost_reason is None:
+            quiet_s = trio.current_time() - self._heard_s
+            if quiet_s < limits.KEEPALIVE_INTERVAL_S:
+                await trio.sleep(limits.KEEPALIVE_INTERVAL_S - quiet_s)
+            elif not await self._ping():
+                self.lose("the peer does not answer", violation=True)
+            began_s = self._write_began_s
+            if began_s is not None and trio.current_time() - began_s > limits.WRITE_STALL_S:
+                self.lose("the peer does not read", violation=True)
+
+    async def _ping(self) -> bool:
+        """Whether anything was heard in time."""
+        self._ping_number = (self._ping_number + 1) % (1 << 32)
+        self._ping_sent_s = trio.current_time()
+        self.send_control(_frame(_PING, _SYN, 0, self._ping_number))
+        for patience_s in (limits.KEEPALIVE_TIMEOUT_S, _SECOND_LOOK_S):
+            with trio.move_on_after(patience_s):
+                await self._heard.park()
+                return True
+        return False
+
+    # -- the rest of libp2p's interface
+
+    @property
+    def is_initiator(self) -> bool:
+        return self._initiator
+
+    @property
+    def is_established(self) -> bool:
+        return self.event_started.is_set() and self.lost_reason is None
+
+    @property
+    def is_closed(self) -> bool:
+        return self.lost_reason is not None
+
+    def get_transport_addresses(self) -> list[Multiaddr]:
+        return self.secured_conn.get_transport_addresses()
+
+    def get_connection_type(self) -> ConnectionType:
+        return self.secured_conn.get_connection_type()
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        return self.secured_conn.get_remote_address()
