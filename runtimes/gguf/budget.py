@@ -1,0 +1,63 @@
+"""How the memory that an Island offers is divided: weights, compute buffers, and the rest is KV cells.
+
+Pure. Sizes in bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protocol.errors import ConfigError
+
+CELLS_STEP = 256  # llama.cpp pads the cache to this
+CELLS_DEFAULT = 16_384  # without a limit: room for 16 default answers
+FREE_SHARE = 0.25  # without a limit the cache takes at most this share of the memory that is free
+PROCESS_BYTES = 160 * 1024 * 1024  # interpreter, libraries, logits: measured 150 MB beside weights and buffers
+VRAM_RESERVE_BYTES = 512 * 1024 * 1024  # for the desktop and the driver
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """What decides the size of one token's cells."""
+
+    layers: int
+    kv_heads: int
+    key_length: int
+    value_length: int
+    element_bytes: int = 2  # f16
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.layers * self.kv_heads * (self.key_length + self.value_length) * self.element_bytes
+
+
+def kv_cells(
+    weights_bytes: int, compute_bytes: int, bytes_per_token: int, limit_bytes: int, free_bytes: int, context_tokens: int, asked: int = 0
+) -> int:
+    """KV cells to allocate. ``limit_bytes`` 0: no limit was set. ``context_tokens``: what the model was trained for.
+
+    Raises ConfigError when not even CELLS_STEP cells fit; it says which limit would do.
+    """
+    overhead = weights_bytes + compute_bytes + PROCESS_BYTES
+    if limit_bytes:
+        room = (limit_bytes - overhead) // bytes_per_token
+        cells = min(room, max(CELLS_DEFAULT, context_tokens) * 4)
+        where = f"--memory-limit {limit_bytes}"
+    else:
+        room = int(free_bytes * FREE_SHARE) // bytes_per_token
+        cells = min(room, max(CELLS_DEFAULT, asked))
+        where = f"{free_bytes} bytes of free memory"
+    cells = cells // CELLS_STEP * CELLS_STEP
+    if cells < CELLS_STEP:
+        least = overhead + CELLS_STEP * bytes_per_token
+        raise ConfigError(f"{where} cannot hold this model: it needs at least {least} bytes; offer more or choose a smaller model")
+    return int(cells)
+
+
+def gpu_layers(layers: int, weights_bytes: int, kv_bytes: int, compute_bytes: int, vram_free_bytes: int) -> int:
+    """How many of the last layers go to the GPU: layers + 1 (with the output matrix) when all fits, 0 when there is no room for one."""
+    room = vram_free_bytes - VRAM_RESERVE_BYTES - compute_bytes
+    per_layer = (weights_bytes + kv_bytes) / (layers + 1)
+    if room <= 0 or per_layer <= 0:
+        return 0
+    return min(layers + 1, int(room / per_layer))

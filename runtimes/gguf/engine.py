@@ -1,0 +1,274 @@
+"""The engine's loop, one step at a time: choose rows, compute them, choose tokens. No sockets, no threads, no processes.
+
+A job's life: prepared (template, tokens, sampler; any thread) → waiting for cells → prefilling → answering → over. Every step computes
+one row for each answering job and a chunk of the prompts that the scheduler allows. A cancelled job is gone before the next step.
+
+A resumed job (GenerationRequest.resume) treats the tokens that were already delivered as part of its prompt; its sampler, grammar and
+text stream have seen them, so what follows is what would have followed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from protocol import limits
+from protocol.errors import Code, Refused
+from protocol.generation import FinishReason, GenerationRequest, pack_tokens
+from runtimes.gguf.detokenize import TextStream
+from runtimes.gguf.kv import KvBook
+from runtimes.gguf.layers import Layers, Rows
+from runtimes.gguf.llama import Floats
+from runtimes.gguf.messages import Admitted, Ended, Output, Rejected, Room, Step
+from runtimes.gguf.sampler import Grammar, Sampler, logprob_entry
+from runtimes.gguf.scheduler import TimeModel, Waiting, plan
+
+_SPEED_LEARN = 0.1  # weight of one finished job in the advertised tokens/s
+_SPEED_TOKENS_MIN = 8  # shorter answers say nothing about speed
+
+
+class Tokens(Protocol):
+    """What the engine asks of a vocabulary."""
+
+    def piece(self, token: int) -> bytes: ...
+
+
+class AnswerGrammar(Grammar, Protocol):
+    """A grammar that also knows when the answer is whole."""
+
+    def is_complete(self) -> bool: ...
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One answer. ``tokens``: prompt and resumed tokens, all of which are computed before the first new token."""
+
+    number: int
+    request: GenerationRequest
+    salt: bytes
+    prompt_tokens: int
+    tokens: list[int]
+    sampler: Sampler
+    grammar: AnswerGrammar | None
+    text: TextStream
+    echo: str = ""
+    resumed: int = 0
+    made: int = 0  # tokens of the answer, resumed ones included
+    sequence: int = -1
+    cached_tokens: int = 0
+    next_token: int = -1  # chosen, not yet computed
+    arrived_s: float = 0.0
+    first_token_s: float = 0.0
+
+    @property
+    def declared(self) -> int:
+        return self.prompt_tokens + self.request.max_tokens
+
+    def __repr__(self) -> str:
+        return f"<Job {self.number}: prompt {self.prompt_tokens}, answer {self.made}/{self.request.max_tokens}>"
+
+
+@dataclass(slots=True)
+class Events:
+    """What one call gave: frames for the node, in order."""
+
+    admitted: list[Admitted] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    over: list[Ended | Rejected] = field(default_factory=list)
+
+    def messages(self) -> Iterable[object]:
+        yield from self.admitted
+        if self.outputs:
+            yield Step(tuple(self.outputs), pack_tokens(self.tokens))
+        yield from self.over
+
+
+class Engine:
+    """Continuous batching over ``layers``. Not thread-safe: one thread calls it.
+
+    >>> engine.submit(job); events = engine.step()
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        vocabulary: Tokens,
+        end_tokens: frozenset[int],
+        book: KvBook,
+        times: TimeModel,
+        batch_rows: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._layers, self._vocabulary, self._end_tokens = layers, vocabulary, end_tokens
+        self._book, self._times, self._batch_rows, self._clock = book, times, batch_rows, clock
+        self._waiting: deque[Job] = deque()
+        self._prefilling: list[Job] = []
+        self._answering: list[Job] = []
+        self.tokens_per_s = 0.0
+        self.steps = 0
+
+    def __repr__(self) -> str:
+        return f"<Engine {len(self._answering)} answering, {len(self._prefilling)} prefilling, {len(self._waiting)} waiting; {self._book!r}>"
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self._waiting or self._prefilling or self._answering)
+
+    def room(self) -> Room:
+        return Room(self._book.tokens_free, self._book.slots_free, len(self._waiting), self.tokens_per_s)
+
+    def submit(self, job: Job) -> None:
+        """Puts a job into the queue. Raises Refused(no_capacity) when the queue is full or the job could never fit."""
+        if job.declared > self._book.cells:
+            raise Refused(Code.CONTEXT_LENGTH, f"{job.declared} tokens are more than this Island's memory holds ({self._book.cells})")
+        if len(self._waiting) >= limits.ENGINE_WAITING_MAX:
+            raise Refused(Code.NO_CAPACITY, f"{len(self._waiting)} jobs are waiting already")
+        job.arrived_s = self._clock()
+        self._waiting.append(job)
+
+    def cancel(self, number: int) -> bool:
+        """Ends a job wherever it is and frees its cells. False when there is no such job."""
+        for jobs in (self._answering, self._prefilling, self._waiting):
+            for job in jobs:
+                if job.number == number:
+                    jobs.remove(job)
+                    self._release(job)
+                    return True
+        return False
+
+    def step(self) -> Events:
+        """Admits, computes one batch, chooses tokens. Does nothing when idle."""
+        events = Events()
+        self._admit(events)
+        rows, finishing = self._gather()
+        if rows is None:
+            return events
+        decode_rows = len(self._answering)
+        prefill_rows = len(rows) - decode_rows
+        started = self._clock()
+        logits = self._layers.forward(rows)
+        self._choose(logits, finishing, events)
+        self._times.observe(decode_rows, prefill_rows, self._clock() - started)
+        self.steps += 1
+        return events
+
+    def _admit(self, events: Events) -> None:
+        """In order of arrival; a large job at the head is not overtaken, so it cannot starve."""
+        while self._waiting:
+            job = self._waiting[0]
+            admission = self._book.admit(job.tokens, job.declared, job.salt)
+            if admission is None:
+                return
+            self._waiting.popleft()
+            for sequence in admission.evicted:
+                self._layers.cut(sequence)
+            job.sequence = admission.sequence
+            if admission.cached_tokens:
+                self._layers.copy_prefix(admission.source, job.sequence, admission.cached_tokens)
+            job.cached_tokens = min(admission.cached_tokens, job.prompt_tokens)
+            self._prefilling.append(job)
+            events.admitted.append(Admitted(job.number, job.prompt_tokens, job.cached_tokens))
+
+    def _gather(self) -> tuple[Rows | None, list[Job]]:
+        """The rows of this step, and the jobs whose logits are read, in the order of their rows."""
+        parts: list[tuple[Job, list[int], bool]] = [(job, [job.next_token], True) for job in self._answering]
+        by_key = {job.number: job for job in self._prefilling}
+        waiting = [Waiting(job.number, len(job.tokens) - self._book.length(job.sequence)) for job in self._prefilling]
+        for key, count in plan(len(parts), waiting, self._batch_rows, self._times):
+            job = by_key[key]
+            start = self._book.length(job.sequence)
+            parts.append((job, job.tokens[start : start + count], start + count == len(job.tokens)))
+        if not parts:
+            return None, []
+        return self._rows(parts), [job for job, _, reads in parts if reads]
+
+    def _rows(self, parts: list[tuple[Job, list[int], bool]]) -> Rows:
+        total = sum(len(tokens) for _, tokens, _ in parts)
+        values, positions, sequences = (np.empty(total, np.int32) for _ in range(3))
+        wanted = np.zeros(total, np.int8)
+        at = 0
+        for job, tokens, reads in parts:
+            end, start = at + len(tokens), self._book.length(job.sequence)
+            values[at:end], sequences[at:end] = tokens, job.sequence
+            positions[at:end] = np.arange(start, start + len(tokens))
+            wanted[end - 1] = reads
+            for sequence in self._book.append(job.sequence, tokens):
+                self._layers.cut(sequence)
+            at = end
+        return Rows(values, positions, sequences, wanted)
+
+    def _choose(self, logits: Floats, jobs: list[Job], events: Events) -> None:
+        plain = [i for i, job in enumerate(jobs) if job.sampler.is_plain]
+        best = logits.argmax(axis=1) if len(plain) > 1 else None
+        now = self._clock()
+        still: list[Job] = []
+        for i, job in enumerate(jobs):
+            if not job.first_token_s:
+                self._prefilling.remove(job)
+                job.first_token_s = now
+            raw = logits[i].copy() if job.request.top_logprobs >= 0 and not job.sampler.is_plain else logits[i]
+            token = int(best[i]) if best is not None and job.sampler.is_plain else job.sampler.choose(logits[i])
+            if self._take(job, token, raw, events):
+                still.append(job)
+        self._answering = still
+
+    def _take(self, job: Job, token: int, logits: Floats, events: Events) -> bool:
+        """Adds a chosen token to its answer. Returns whether the answer goes on."""
+        if token in self._end_tokens:
+            self._end(job, FinishReason.STOP, job.text.finish(), events)
+            return False
+        job.sampler.accept(token)
+        piece = self._vocabulary.piece(token)
+        text = job.echo + job.text.feed(piece)
+        job.echo, job.made, job.next_token = "", job.made + 1, token
+        top = job.request.top_logprobs
+        entry = b"[" + logprob_entry(logits, token, top, self._vocabulary.piece) + b"]" if top >= 0 else b""
+        events.outputs.append(Output(job.number, 1, text, entry))
+        events.tokens.append(token)
+        reason = reason_to_end(job)
+        if reason is None:
+            return True
+        self._end(job, reason, job.text.finish(), events)
+        return False
+
+    def _end(self, job: Job, reason: FinishReason, text: str, events: Events) -> None:
+        now = self._clock()
+        first = job.first_token_s or now
+        new = job.made - job.resumed
+        if new >= _SPEED_TOKENS_MIN and now > first:
+            speed = (new - 1) / (now - first)
+            self.tokens_per_s += _SPEED_LEARN * (speed - self.tokens_per_s) if self.tokens_per_s else speed
+        events.over.append(
+            Ended(
+                job=job.number,
+                reason=reason,
+                prompt_tokens=job.prompt_tokens,
+                completion_tokens=job.made,
+                cached_tokens=job.cached_tokens,
+                text=job.echo + text,
+                prefill_s=first - job.arrived_s,
+                decode_s=now - first,
+            )
+        )
+        self._release(job)
+
+    def _release(self, job: Job) -> None:
+        if job.sequence >= 0:
+            for sequence in self._book.finish(job.sequence):
+                self._layers.cut(sequence)
+            job.sequence = -1
+
+
+def reason_to_end(job: Job) -> FinishReason | None:
+    """Why the answer is over after its last token, or None. Also asked of a resumed answer, which may be complete already."""
+    if job.text.stopped:
+        return FinishReason.STOP
+    if job.grammar is not None and job.made and job.grammar.is_complete():
+        return FinishReason.STOP
+    return FinishReason.LENGTH if job.made >= job.request.max_tokens else None

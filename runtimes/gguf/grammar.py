@@ -1,0 +1,92 @@
+"""A JSON schema as a rule for tokens: llama.cpp's grammar sampler over our candidates.
+
+Two of its traps are kept out here: accepting a token that the grammar forbids aborts the process, so ``accept`` asks first; a large
+grammar can crash its parser, so only what a throw-away process has compiled (grammar_check.py) comes here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from protocol.errors import Code, LocalProtocolError, Refused
+from runtimes.gguf.llama import Floats, Model, library
+
+_FIRST_TRIES = 64  # likeliest tokens that are asked before all of the vocabulary is
+_TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+
+
+class TokenGrammar:
+    """One answer's place in a grammar."""
+
+    def __init__(self, model: Model, gbnf: str, end_tokens: frozenset[int]) -> None:
+        self._c = library()
+        self._model, self._end_tokens = model, sorted(end_tokens)
+        self._sampler = self._c.llama_sampler_init_grammar(model.vocab, gbnf.encode(), b"root")
+        if not self._sampler:
+            raise Refused(Code.BAD_INPUT, "the JSON schema gives no usable grammar")
+        self._last = ""
+        self._one = _Candidates(self._c, 1)
+
+    def __repr__(self) -> str:
+        return "<TokenGrammar>"
+
+    def __del__(self) -> None:
+        sampler, self._sampler = getattr(self, "_sampler", None), None
+        if sampler:
+            self._c.llama_sampler_free(sampler)
+
+    def allows(self, token: int) -> bool:
+        """Whether the token may come next."""
+        one = self._one
+        one.data["id"], one.data["logit"] = token, 0.0
+        return bool(one.apply(self._sampler)[0] == 0.0)
+
+    def filter(self, logits: Floats) -> Floats:
+        """A copy with -inf for every token that may not come next. At least one may: the end, if nothing else."""
+        every = _Candidates(self._c, len(logits))
+        every.data["id"], every.data["logit"] = np.arange(len(logits)), logits
+        return every.apply(self._sampler).copy()
+
+    def best(self, logits: Floats) -> int:
+        """The likeliest token that may come next: the likeliest few are asked first, since asking all costs milliseconds."""
+        few = min(_FIRST_TRIES, len(logits))
+        likeliest = np.argpartition(logits, -few)[-few:]
+        some = _Candidates(self._c, few)
+        some.data["id"], some.data["logit"] = likeliest, logits[likeliest]
+        allowed = some.apply(self._sampler)
+        if np.isfinite(allowed).any():
+            return int(likeliest[int(allowed.argmax())])
+        return int(self.filter(logits).argmax())
+
+    def accept(self, token: int) -> None:
+        """Goes on with a token. Raises LocalProtocolError for one that is forbidden: llama.cpp would abort."""
+        if not self.allows(token):
+            raise LocalProtocolError(f"token {token} was chosen against the grammar")
+        self._c.llama_sampler_accept(self._sampler, token)
+        self._last = (self._last + self._model.piece(token).decode("utf-8", "replace"))[-1:] or self._last
+
+    def is_complete(self) -> bool:
+        """Whether the answer is a whole JSON value that cannot grow: an end is allowed, and it is no number that may get digits.
+
+        Without this a greedy model goes on with white space after the last brace for as long as the grammar lets it.
+        """
+        return not self._last.isdigit() and any(self.allows(token) for token in self._end_tokens[:1])
+
+
+class _Candidates:
+    """Memory of a ``llama_token_data_array``."""
+
+    def __init__(self, c: Any, size: int) -> None:
+        self._c = c
+        self.data = np.zeros(size, _TOKEN_DATA)
+        self._array = c.llama_token_data_array()
+        self._array.data = ctypes.cast(self.data.ctypes.data, c.llama_token_data_p)
+
+    def apply(self, sampler: Any) -> Floats:
+        """Logits after the grammar. The grammar sampler changes logits in place and keeps the order."""
+        self._array.size, self._array.selected, self._array.sorted = len(self.data), -1, False
+        self._c.llama_sampler_apply(sampler, ctypes.byref(self._array))
+        return self.data["logit"]

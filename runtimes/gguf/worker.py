@@ -1,0 +1,173 @@
+"""The worker process: ``python -m runtimes.gguf.worker FD`` with one end of a socket pair.
+
+Two threads. The reader takes frames from the node, prepares jobs (template, tokens) and puts them into the inbox; the main thread runs
+the engine: take the inbox, one step, send what it gave. Preparing runs while llama.cpp computes, since that releases the GIL.
+
+It dies with its node, even on kill -9: the reader ends the process at the end of the stream, and where the kernel offers it
+(PR_SET_PDEATHSIG) the kernel does too. That signal comes when the *thread* that spawned us ends, so cargo.py spawns from trio's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import queue
+import resource
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+from protocol.errors import ArchipelagError, Code, ConfigError, Refused
+from protocol.framing import FrameDecoder, encode_frame
+from protocol.generation import GENERATION
+from runtimes.gguf.load import Loaded, load
+from runtimes.gguf.messages import GGUF_WORKER, Cancel, Load, LoadFailed, Rejected, Room, Start
+
+_READ_BYTES = 256 * 1024
+_OPEN_FILES_MAX = 256
+_PR_SET_PDEATHSIG = 1
+
+
+class Link:
+    """The socket, from the worker's side. ``send`` is called by both threads."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock, self._lock = sock, threading.Lock()
+        self._decoder = FrameDecoder(GGUF_WORKER)
+        self._pending: list[Any] = []
+
+    def __repr__(self) -> str:
+        return f"<Link {self._sock.fileno()}>"
+
+    def send(self, *messages: object) -> None:
+        """One write for all. A node that has gone ends the process."""
+        data = b"".join(encode_frame(GGUF_WORKER, message) for message in messages)
+        with self._lock:
+            try:
+                self._sock.sendall(data)
+            except OSError:
+                os._exit(0)
+
+    def receive(self) -> Any:
+        """The next message. At the end of the stream the process ends at once, whatever it computes."""
+        while not self._pending:
+            try:
+                data = self._sock.recv(_READ_BYTES)
+            except OSError:
+                data = b""
+            if not data:
+                os._exit(0)
+            self._pending.extend(self._decoder.feed(data))
+        return self._pending.pop(0)
+
+
+class Worker:
+    """Reader and loop over one loaded model."""
+
+    def __init__(self, link: Link, loaded: Loaded) -> None:
+        self._link, self._loaded = link, loaded
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._room: Room | None = None
+
+    def run(self) -> None:
+        """Never returns: the end of the stream ends the process."""
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        engine = self._loaded.engine
+        while True:
+            self._take(block=engine.is_idle)
+            answers = list(engine.step().messages())
+            if (room := engine.room()) != self._room:
+                self._room = room
+                answers.append(room)
+            if answers:
+                self._link.send(*answers)
+
+    def _take(self, block: bool) -> None:
+        """Hands what has come to the engine; waits for something when there is nothing to compute."""
+        while True:
+            try:
+                item = self._inbox.get(block)
+            except queue.Empty:
+                return
+            block = False
+            if isinstance(item, Cancel):
+                self._loaded.engine.cancel(item.job)
+                continue
+            try:
+                self._loaded.engine.submit(item)
+            except Refused as refusal:
+                self._link.send(Rejected(item.number, refusal.code, refusal.message))
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._receive(self._link.receive())
+        except BaseException:
+            sys.excepthook(*_without_values())
+            os._exit(1)  # a reader that is gone would leave a worker that nobody can talk to
+
+    def _receive(self, message: Any) -> None:
+        if isinstance(message, Cancel):
+            self._inbox.put(message)
+        elif isinstance(message, Start):
+            self._start(message)
+        else:
+            raise ConfigError(f"a worker has no use for {type(message).__name__}")
+
+    def _start(self, order: Start) -> None:
+        preparer = self._loaded.preparer
+        try:
+            job = preparer.job(order.job, GENERATION.decode(order.generation), order.salt, order.grammar)
+            done = preparer.finished(job)
+        except Refused as refusal:
+            self._link.send(Rejected(order.job, refusal.code, refusal.message))
+        except ArchipelagError as error:
+            self._link.send(Rejected(order.job, Code.BAD_INPUT, str(error)[:500]))
+        else:
+            if done is None:
+                self._inbox.put(job)
+            else:
+                self._link.send(done)
+
+
+def _without_values() -> tuple[Any, Any, Any]:
+    """The current exception without its text, which may hold a prompt; the traceback shows lines of code only."""
+    kind, _, trace = sys.exc_info()
+    return kind, kind("hidden") if kind in (ValueError, TypeError, KeyError) else RuntimeError("hidden"), trace
+
+
+def confine() -> None:
+    """No core dumps (they would hold prompts), few files, and an end together with the parent."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _OPEN_FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES_MAX)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the node decides when we end
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main() -> None:
+    descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
+    confine()
+    faulthandler.enable()  # lines of code, no values
+    if os.getppid() != parent:  # it ended before the signal was asked for
+        os._exit(0)
+    link = Link(socket.socket(fileno=descriptor))
+    order = link.receive()
+    if not isinstance(order, Load):
+        raise ConfigError("the first frame to a worker is Load")
+    try:
+        loaded = load(order)
+    except ConfigError as error:
+        link.send(LoadFailed(str(error)))
+        os._exit(0)
+    link.send(loaded.ready)
+    Worker(link, loaded).run()
+
+
+if __name__ == "__main__":
+    main()
