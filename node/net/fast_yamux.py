@@ -60,6 +60,7 @@ _BODY_BYTES_MAX = RECORD_BYTES_MAX - _HEADER.size
 _BATCH_FRAMES = 4
 _MERGE_BELOW_BYTES = 512
 _GOODBYE_S = 0.5
+_MEASURE_S = 30.0
 _MERGED_BYTES_MAX = 64 * 1024
 _SECOND_LOOK_S = 0.5  # after this process itself was frozen, what had arrived meanwhile is read first
 
@@ -612,22 +613,29 @@ class FastYamux(IMuxedConn):
     # -- keepalive
 
     async def _keepalive_loop(self) -> None:
-        """Anything that is heard proves life; a ping only makes a healthy peer say something."""
+        """Anything that is heard proves life; a ping makes a silent peer say something and measures the round trip."""
+        self._send_ping()
         while self.lost_reason is None:
             quiet_s = trio.current_time() - self._heard_s
-            if quiet_s < limits.KEEPALIVE_INTERVAL_S:
+            if quiet_s >= limits.KEEPALIVE_INTERVAL_S:
+                if not await self._answers():
+                    self.lose("the peer does not answer", violation=True)
+            else:
                 await trio.sleep(limits.KEEPALIVE_INTERVAL_S - quiet_s)
-            elif not await self._ping():
-                self.lose("the peer does not answer", violation=True)
+                if trio.current_time() - self._ping_sent_s > _MEASURE_S:
+                    self._send_ping()
             began_s = self._write_began_s
             if began_s is not None and trio.current_time() - began_s > limits.WRITE_STALL_S:
                 self.lose("the peer does not read", violation=True)
 
-    async def _ping(self) -> bool:
-        """Whether anything was heard in time."""
+    def _send_ping(self) -> None:
         self._ping_number = (self._ping_number + 1) % (1 << 32)
         self._ping_sent_s = trio.current_time()
         self.send_control(_frame(_PING, _SYN, 0, self._ping_number))
+
+    async def _answers(self) -> bool:
+        """Pings; whether anything was heard in time."""
+        self._send_ping()
         for patience_s in (limits.KEEPALIVE_TIMEOUT_S, _SECOND_LOOK_S):
             with trio.move_on_after(patience_s):
                 await self._heard.park()

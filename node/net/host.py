@@ -167,6 +167,11 @@ class Host:
     def is_connected(self, peer_id: str) -> bool:
         return peer_id in self._connections
 
+    def round_trips_s(self) -> dict[str, float]:
+        """Round trip in seconds to each connected peer; measured when it connects and every half minute."""
+        newest = {peer_id: connections[-1].round_trip_s for peer_id, connections in self._connections.items()}
+        return {peer_id: seconds for peer_id, seconds in newest.items() if seconds is not None}
+
     def remote_address(self, peer_id: str) -> str | None:
         """Host and port from which a connected peer is seen, as a multiaddr."""
         for connection in self._connections.get(peer_id, ()):

@@ -28,6 +28,7 @@ from libp2p.io.exceptions import IOException
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
+from libp2p.pubsub.rpc_queue import DefaultMaxMessageSize, RpcQueue
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
@@ -148,14 +149,23 @@ def _bound_negotiation() -> None:
     vars(communicator_module)["read_delim"] = read_short_line
 
 
-# -- 7. SwarmConn logs through the root logger's functions, which install a handler on the root logger.
+# -- 7. Pubsub queues 32 messages for each peer and drops the rest without a word.
+
+GOSSIP_QUEUE_MESSAGES = 1024
+
+
+def _widen_gossip_queue() -> None:
+    RpcQueue.__init__.__defaults__ = (GOSSIP_QUEUE_MESSAGES, DefaultMaxMessageSize)
+
+
+# -- 8. SwarmConn logs through the root logger's functions, which install a handler on the root logger.
 
 
 def _log_under_own_name() -> None:
     vars(swarm_connection)["logging"] = logging.getLogger("libp2p.network.connection")
 
 
-# -- 8. Expected events (a peer went away, a stream was refused) are logged as errors with tracebacks of many lines.
+# -- 9. Expected events (a peer went away, a stream was refused) are logged as errors with tracebacks of many lines.
 
 
 def _quiet_logs() -> None:
@@ -173,6 +183,7 @@ WORKAROUNDS: tuple[Workaround, ...] = (
     Workaround("muxer-ignored", "muxer_opt is ignored for /yamux/1.0.0", _use_our_muxer),
     Workaround("auto-connector", "known peers are dialled up to 200 connections", _stop_auto_connector),
     Workaround("negotiation-unbounded", "a multistream line may announce any length", _bound_negotiation),
+    Workaround("gossip-queue", "32 messages are queued for a peer, the rest is dropped", _widen_gossip_queue),
     Workaround("root-logger", "SwarmConn installs a handler on the root logger", _log_under_own_name),
     Workaround("noisy-logs", "expected events are logged as errors of many lines", _quiet_logs),
 )
