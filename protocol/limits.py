@@ -118,6 +118,10 @@ RECONNECT_HELD_MAX_S = 1.0  # cap for peers that we must hold: "a redial works w
 PEER_EVENTS_QUEUED_MAX = 4096
 GOSSIP_QUEUED_MAX = 4096
 GOSSIP_SEEN_S = 120.0
+PEERS_WANTED = 8  # connections that discovery strives for: more than the gossip mesh's low mark, less than its high one
+PEERS_FILE_BYTES_MAX = 4 * 1024 * 1024
+PEERS_SAVE_INTERVAL_S = 5.0
+MDNS_ADDRESSES_MAX = 8
 
 assert AD_ADDRESSES_MAX * DIAL_STAGGER_S < DIAL_TIMEOUT_S, "the last address must get its turn"
 assert CONNECTION_WINDOW_BYTES_MAX >= STREAM_WINDOW_BYTES

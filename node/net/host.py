@@ -131,6 +131,7 @@ class Host:
         self._addresses: dict[str, tuple[str, ...]] = {}
         self._dials: dict[str, trio.Lock] = {}
         self._listeners: set[trio.MemorySendChannel[PeerEvent]] = set()
+        self._lost = trio.lowlevel.ParkingLot()
         self._stop = trio.Event()
 
     def __repr__(self) -> str:
@@ -236,6 +237,12 @@ class Host:
         if not self.is_connected(peer_id):
             self.counters.dials_failed += 1
             raise LinkLost(f"cannot reach {peer_id}: {'; '.join(failures) or f'no answer within {timeout_s:g} s'}")
+
+    async def wait_lost(self, peer_id: str) -> None:
+        """Returns when there is no connection to the peer; at once where there is none."""
+        while self.is_connected(peer_id):
+            await self._lost.park()
+        await trio.lowlevel.checkpoint()
 
     # -- streams
 
@@ -349,6 +356,7 @@ class Host:
         if not connections:
             del self._connections[peer_id]
             self._tell(PeerLost(peer_id, reason))
+            self._lost.unpark_all()
 
     def _inbound_refused(self, reason: str) -> None:
         self.counters.handshakes_refused += 1
