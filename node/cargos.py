@@ -1,0 +1,78 @@
+"""Loads the Cargos an Island offers: the built-in echo, or a model file that the store fetches and a GGUF worker opens."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from node.hardware import usable_cpus
+from protocol.errors import ConfigError
+from runtimes.base import LoadedCargo
+from runtimes.echo import EchoCargo
+
+log = logging.getLogger(__name__)
+
+ECHO = "echo"
+
+
+@dataclass(frozen=True, slots=True)
+class CargoSettings:
+    """``memory_limit_bytes`` holds for all Cargos together: weights, KV cache and compute buffers."""
+
+    names: tuple[str, ...]
+    memory_limit_bytes: int | None = None
+    threads: int | None = None
+    gpu_layers: int | None = None
+    context_tokens: int | None = None
+    cache_dir: Path | None = None
+    echo_delay_s: float = 0.0
+
+
+def engine_threads(asked: int | None, engines: int) -> int:
+    """Threads for each engine. Engines that spin on the same cores slow each other by ten times, so they share the cores out."""
+    if asked is not None:
+        return max(1, asked)
+    return max(1, (usable_cpus() - 1) // max(1, engines))
+
+
+async def load_cargos(settings: CargoSettings, stack: AsyncExitStack) -> dict[str, LoadedCargo]:
+    """Cargos by name, closed with the stack. Raises ConfigError with what to do when a model cannot be had or does not fit."""
+    cargos: dict[str, LoadedCargo] = {}
+    models = [name for name in settings.names if name != ECHO]
+    for name in dict.fromkeys(settings.names):
+        if name == ECHO:
+            cargos[ECHO] = EchoCargo(settings.echo_delay_s)
+        else:
+            cargo = await _load_model(name, settings, len(models), stack)
+            cargos[cargo.facts().name] = cargo
+    return cargos
+
+
+async def _load_model(source: str, settings: CargoSettings, engines: int, stack: AsyncExitStack) -> LoadedCargo:
+    from runtimes.gguf.cargo import open_gguf_cargo  # heavy, and absent where the gguf extra is not installed
+    from runtimes.store import ModelStore
+
+    store = ModelStore(settings.cache_dir)
+    model = await trio.to_thread.run_sync(store.fetch, source, abandon_on_cancel=True)
+    stack.enter_context(store.hold(model))
+    limit = settings.memory_limit_bytes // engines if settings.memory_limit_bytes is not None else None
+    log.info("loading Cargo %s (%.0f MB)", model.name, model.path.stat().st_size / 1e6)
+    cargo = await stack.enter_async_context(
+        open_gguf_cargo(
+            name=model.name,
+            path=model.path,
+            content_hash=model.sha256,
+            memory_limit_bytes=limit,
+            threads=engine_threads(settings.threads, engines),
+            gpu_layers=settings.gpu_layers,
+            context_tokens=settings.context_tokens,
+        )
+    )
+    facts = cargo.facts()
+    if facts.kv_tokens_total == 0:
+        raise ConfigError(f"Cargo {model.name} has no room for a KV cache within its memory; raise --memory-limit")
+    return cargo

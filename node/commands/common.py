@@ -1,0 +1,71 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from node.settings import defaults, settle
+
+T = TypeVar("T")
+
+
+def data_home() -> Path:
+    """``$XDG_DATA_HOME/archipelag``, else ``~/.local/share/archipelag``."""
+    return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "archipelag"
+
+
+def add_data_dir(parser: argparse.ArgumentParser, role: str) -> None:
+    parser.add_argument("--data-dir", metavar="D", help=f"folder for keys and state (default: {data_home() / role})")
+
+
+def add_logging(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--log-json", action="store_true", default=None, help="log as JSON, one object a line, on stderr"
+    )
+    parser.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), help="how much to log (default: info)"
+    )
+
+
+def add_network(parser: argparse.ArgumentParser, example: str) -> None:
+    parser.add_argument(
+        "--listen",
+        action="append",
+        metavar="MULTIADDR",
+        help=f"where peers can reach this node, such as {example}; may be repeated; port 0 picks a free one",
+    )
+    parser.add_argument(
+        "--bootstrap",
+        action="append",
+        metavar="MULTIADDR",
+        help="a peer to connect to at start, with /p2p/PEER_ID at its end; may be repeated",
+    )
+    parser.add_argument(
+        "--no-mdns", action="store_true", default=None, help="do not look for peers on the local network"
+    )
+    parser.add_argument(
+        "--ready-file", metavar="F", help="write JSON with pid, peer_id and addresses to F once the node serves"
+    )
+
+
+def settled(arguments: argparse.Namespace, role: str) -> argparse.Namespace:
+    """Arguments with environment, config file and common defaults filled in. Raises ConfigError."""
+    if arguments.data_dir is None:
+        arguments.data_dir = os.environ.get("ARCHIPELAG_DATA_DIR") or str(data_home() / role)
+    return defaults(settle(arguments.parser, arguments), log_json=False, log_level="info")
+
+
+def checked(convert: Callable[[str], T]) -> Callable[[str], T]:
+    """A converter for argparse whose own words reach the user."""
+
+    def read(text: str) -> T:
+        try:
+            return convert(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read

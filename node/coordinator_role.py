@@ -1,0 +1,164 @@
+"""The role of a Coordinator: wires the libp2p host, the book and the streams to ``coordinator``, which decides."""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import trio
+
+from coordinator.config import CoordinatorConfig
+from coordinator.ports import JobRun
+from coordinator.server import CoordinatorServer, open_coordinator
+from node import AGENT
+from node.announce import AdsServer
+from node.bookkeeper import BookKeeper, now_ms
+from node.control import serve_control
+from node.datadir import DataDir
+from node.holder import Links
+from node.island import peers_json
+from node.net.host import Host, PeerLost, open_host
+from node.ready import remove_ready, write_ready
+from node.signals import watch_signals
+from node.spread import Spreader
+from protocol import limits
+from protocol.ads import sign_lost
+from protocol.book import Book
+from protocol.errors import Code, Refused
+from protocol.messages import ADS, ADS_PROTOCOL, PROTOCOL_VERSION, Hello, NodeRole
+from protocol.tickets import Delegation, network_id_of, sign_delegation
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorRole:
+    data_dir: str
+    http: CoordinatorConfig
+    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
+    bootstrap: tuple[str, ...] = ()
+    mdns: bool = True
+    ready_file: str | None = None
+
+
+class NetworkPort:
+    """``coordinator.ports.IslandPort`` over libp2p."""
+
+    def __init__(self, host: Host, keeper: BookKeeper, links: Links, spreader: Spreader, sign: Any) -> None:
+        self._host, self._keeper, self._links, self._spreader, self._sign = host, keeper, links, spreader, sign
+
+    def book(self) -> Book:
+        return self._keeper.book
+
+    async def wait_book_changed(self) -> None:
+        await self._keeper.wait_changed()
+
+    @asynccontextmanager
+    async def run_job(self, island: str, ticket: bytes, payload: bytes) -> AsyncIterator[JobRun]:
+        entry = self._keeper.book.entries.get(island)
+        if entry is not None and island not in self._host.connected_peers():
+            self._host.remember(island, entry.ad.addresses)
+        try:
+            async with self._links.run_job(island, ticket, payload) as job:
+                yield job
+        except Refused as error:
+            if error.code is Code.LINK_LOST and island not in self._host.connected_peers():
+                self.lost(island)
+            raise
+
+    def lost(self, peer: str) -> None:
+        """Takes an Island out of the book and tells the network; it comes back by announcing itself anew."""
+        lost = self._keeper.saw_loss(peer)
+        if lost is not None:
+            log.info("Island %s is gone", peer)
+            self._spreader.publish_nowait(sign_lost(lost, self._sign))
+        self._links.drop(peer, "its connection ended")
+
+
+async def run_coordinator(role: CoordinatorRole) -> None:
+    """Runs until a signal, then drains. Raises ConfigError when it cannot start."""
+    data = DataDir.open(role.data_dir)
+    with data.locked():
+        async with trio.open_nursery() as nursery:
+            stop = trio.Event()
+            await nursery.start(watch_signals, stop)
+            async with open_host(data.key("identity").seed, role.listen) as host:
+                await _Coordinator(role, data, host, stop).run()
+            nursery.cancel_scope.cancel()
+
+
+class _Coordinator:
+    def __init__(self, role: CoordinatorRole, data: DataDir, host: Host, stop: trio.Event) -> None:
+        self._role, self._data, self._host, self._stop = role, data, host, stop
+        self._key, self._network_key = data.key("identity"), data.key("network")
+        self._network = network_id_of(self._network_key.public_key)
+        self._rng = random.Random(secrets.randbits(64))
+        self._keeper = BookKeeper(self._network)
+        self._keeper.trust(self._key.peer_id)
+        self._spreader = Spreader(host, self._network, self._keeper)
+        self._ads_server = AdsServer(self._keeper, self._hello, self._addresses, self._spreader.publish_nowait)
+        self._links: Links | None = None
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            self._links = Links(self._host, nursery, self._hello)
+            port = NetworkPort(self._host, self._keeper, self._links, self._spreader, self._key)
+            self._host.set_handler(ADS_PROTOCOL, ADS, self._ads_server.serve)
+            nursery.start_soon(self._keeper.run)
+            nursery.start_soon(self._spreader.run)
+            nursery.start_soon(self._watch_peers, port)
+            await nursery.start(serve_control, self._data, {"status": self.status, "peers": self.peers})
+            salt = self._data.secret("salt")
+            async with open_coordinator(
+                self._role.http, port, self._key, self._network, salt, self._well_known
+            ) as server:
+                self._say_ready(server)
+                await self._stop.wait()
+                remove_ready(self._role.ready_file)
+                await server.drain(limits.DRAIN_S)
+            nursery.cancel_scope.cancel()
+
+    def _hello(self) -> Hello:
+        expires_at_ms = now_ms() + int(limits.DELEGATION_LIFETIME_S * 1000)
+        delegation = sign_delegation(Delegation(self._network, self._key.peer_id, expires_at_ms), self._network_key)
+        return Hello(PROTOCOL_VERSION, NodeRole.COORDINATOR, self._network, AGENT, delegation)
+
+    def _addresses(self) -> tuple[str, ...]:
+        return tuple(self._host.addresses()[: limits.AD_ADDRESSES_MAX])
+
+    def _well_known(self) -> dict[str, Any]:
+        return {"peer_id": self._key.peer_id, "addresses": list(self._addresses()), "network": self._network}
+
+    def _say_ready(self, server: CoordinatorServer) -> None:
+        log.info(
+            "ready: %s, network %s, Islands join through %s", server.url, self._network, ", ".join(self._addresses())
+        )
+        write_ready(
+            self._role.ready_file, peer_id=self._key.peer_id, addresses=list(self._addresses()), http=server.url
+        )
+
+    async def _watch_peers(self, port: NetworkPort) -> None:
+        async for event in self._host.peer_events():
+            if isinstance(event, PeerLost):
+                port.lost(event.peer_id)
+
+    def status(self) -> Mapping[str, Any]:
+        book = self._keeper.statistics()
+        return {
+            "role": "coordinator",
+            "peer_id": self._key.peer_id,
+            "addresses": list(self._addresses()),
+            "network": self._network,
+            "islands": book.islands,
+            "gossip": self._spreader.statistics(),
+            "links": repr(self._links),
+            "host": asdict(self._host.statistics()),
+        }
+
+    def peers(self) -> Mapping[str, Any]:
+        return peers_json(self._host, self._keeper)

@@ -1,0 +1,220 @@
+"""The holder's end of ``/archipelag/job/1``: one long-lived stream to each Island that works for us, shared by all our jobs there.
+
+Implements ``coordinator.ports.IslandPort``'s ``run_job``. A link is opened by the first job and kept; when it is lost, every job on it
+gets LINK_LOST at once and the next job opens a new one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import trio
+
+from node.net.frames import FrameStream
+from node.net.host import Host
+from node.outbox import Outbox
+from protocol import limits
+from protocol.errors import ArchipelagError, Code, LinkLost, Refused, RemoteProtocolError
+from protocol.jobs import JobState, JobStreams, Side
+from protocol.messages import (
+    JOB,
+    JOB_PROTOCOL,
+    PROTOCOL_VERSION,
+    Hello,
+    JobAccepted,
+    JobCancel,
+    JobChunk,
+    JobDone,
+    JobFailed,
+    JobOpen,
+)
+from protocol.receipts import Receipt, check_receipt, read_receipt
+from protocol.tickets import read_ticket, ticket_hash
+
+log = logging.getLogger(__name__)
+
+_Event = JobAccepted | JobChunk | JobDone
+
+
+class RunningJob:
+    """One job on a link; iterate it. See coordinator.ports.JobRun."""
+
+    def __init__(self, number: int, ticket: bytes) -> None:
+        self.number = number
+        self.ticket_hash = ticket_hash(ticket)
+        self.price_max_micros = read_ticket(ticket).price_limit_micros
+        self.ended = False
+        # What may wait here is bounded by the job stream's own limit on tokens, so sending never blocks the link's reader.
+        self.send, self._receive = trio.open_memory_channel[_Event | Refused](math.inf)
+
+    async def __aiter__(self) -> AsyncIterator[_Event]:
+        async for event in self._receive:
+            if isinstance(event, Refused):
+                raise event
+            yield event
+
+
+class Link:
+    """The stream to one Island."""
+
+    def __init__(self, stream: FrameStream) -> None:
+        self.stream = stream
+        self.outbox = Outbox(stream, JOB)
+        self.streams = JobStreams(Side.HOLDER)
+        self.jobs: dict[int, RunningJob] = {}
+        self.lost = False
+
+    def __repr__(self) -> str:
+        return f"<Link to {self.stream.remote_peer}: {len(self.jobs)} jobs{', lost' if self.lost else ''}>"
+
+    def open(self, ticket: bytes, payload: bytes) -> RunningJob:
+        job = RunningJob(self.streams.next_number(), ticket)
+        message = JobOpen(job.number, ticket, payload)
+        self.streams.send(message)
+        self.jobs[job.number] = job
+        self._say(message)
+        return job
+
+    def leave(self, job: RunningJob) -> None:
+        """The caller wants no more of this job."""
+        if not job.ended and not self.lost and self.streams.state(job.number) in (JobState.OPENING, JobState.RUNNING):
+            cancel = JobCancel(job.number)
+            self.streams.send(cancel)
+            self._say(cancel)
+        job.ended = True  # what still comes for it is counted and dropped
+
+    def _say(self, message: Any) -> None:
+        try:
+            self.outbox.send_nowait(message)
+        except LinkLost as error:
+            raise Refused(Code.LINK_LOST, str(error)) from error
+
+    async def read(self) -> None:
+        """Hands messages to their jobs until the stream ends. Raises LinkLost or RemoteProtocolError."""
+        while True:
+            self._take(await self.stream.receive())
+
+    def _take(self, message: Any) -> None:
+        number = getattr(message, "job", 0)
+        job = self.jobs.get(number)
+        if isinstance(message, JobDone) and job is not None:
+            self._check_receipt(message, job)
+        self.streams.receive(message)
+        if job is None:
+            raise RemoteProtocolError(f"{type(message).__name__} for job {number}, which is not open here")
+        if isinstance(message, JobFailed):
+            self._end(job, Refused(message.code, message.message))
+        elif isinstance(message, JobDone):
+            self._end(job, message)
+        elif not job.ended:
+            job.send.send_nowait(message)
+
+    def _check_receipt(self, done: JobDone, job: RunningJob) -> None:
+        if self.streams.state(job.number) not in (JobState.RUNNING, JobState.CANCELLING):
+            return  # the state table will say what is wrong
+        sent, digest = self.streams.counted(job.number)
+        receipt: Receipt = read_receipt(done.receipt)
+        island = self.stream.remote_peer
+        check_receipt(
+            receipt,
+            island=island,
+            ticket_hash=job.ticket_hash,
+            sent_tokens=sent,
+            output_hash=digest,
+            price_max_micros=job.price_max_micros,
+        )
+
+    def _end(self, job: RunningJob, last: JobDone | Refused) -> None:
+        self.jobs.pop(job.number, None)
+        if not job.ended:
+            job.ended = True
+            job.send.send_nowait(last)
+            job.send.close()
+
+    def lose(self, why: str) -> None:
+        self.lost = True
+        self.outbox.lost = True
+        for job in list(self.jobs.values()):
+            self._end(job, Refused(Code.LINK_LOST, f"the connection to the Island was lost: {why}"))
+
+
+class Links:
+    """All links of a holder. ``nursery`` owns their tasks; ``hello`` is made anew for each, since delegations are renewed."""
+
+    def __init__(self, host: Host, nursery: trio.Nursery, hello: Callable[[], Hello]) -> None:
+        self._host, self._nursery, self._hello = host, nursery, hello
+        self._links: dict[str, Link] = {}
+        self._opening: dict[str, trio.Lock] = {}
+        self.opened_total = 0
+        self.jobs_total = 0
+
+    def __repr__(self) -> str:
+        return f"<Links: {len(self._links)} open, {self.opened_total} opened, {self.jobs_total} jobs>"
+
+    @asynccontextmanager
+    async def run_job(self, island: str, ticket: bytes, payload: bytes) -> AsyncIterator[RunningJob]:
+        """Opens a job; leaving early cancels it on the Island. Raises Refused(LINK_LOST) when the Island cannot be reached."""
+        link = await self._link(island)
+        job = link.open(ticket, payload)
+        self.jobs_total += 1
+        try:
+            yield job
+        finally:
+            job_was_running = not job.ended
+            if job_was_running:
+                try:
+                    link.leave(job)
+                except Refused as error:
+                    log.debug("cancel of job %d not sent: %s", job.number, error)
+
+    def drop(self, island: str, why: str) -> None:
+        """The host saw the connection to this Island end: fail its jobs now, not at the next write."""
+        link = self._links.pop(island, None)
+        if link is not None:
+            link.lose(why)
+
+    async def _link(self, island: str) -> Link:
+        link = self._links.get(island)
+        if link is not None and not link.lost and not link.outbox.lost:
+            return link
+        async with self._opening.setdefault(island, trio.Lock()):
+            link = self._links.get(island)
+            if link is None or link.lost or link.outbox.lost:
+                link = await self._open(island)
+            return link
+
+    async def _open(self, island: str) -> Link:
+        try:
+            with trio.fail_after(limits.HELLO_TIMEOUT_S):
+                stream = await self._host.open(island, JOB_PROTOCOL, JOB)
+                await stream.send(self._hello())
+                answer = await stream.receive()
+        except (ArchipelagError, OSError, trio.TooSlowError) as error:
+            raise Refused(Code.LINK_LOST, f"cannot reach Island {island}: {error or 'time-out'}") from error
+        if not isinstance(answer, Hello) or answer.version != PROTOCOL_VERSION:
+            stream.abort()
+            raise Refused(Code.LINK_LOST, f"Island {island} does not speak {JOB_PROTOCOL}")
+        link = Link(stream)
+        self._links[island] = link
+        self.opened_total += 1
+        self._nursery.start_soon(self._serve, island, link)
+        return link
+
+    async def _serve(self, island: str, link: Link) -> None:
+        why = "closed"
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(link.outbox.run)
+                nursery.start_soon(link.read)
+        except* (LinkLost, RemoteProtocolError) as group:
+            why = str(group.exceptions[0])
+            log.info("link to Island %s ended: %s", island, why)
+        finally:
+            link.lose(why)
+            if self._links.get(island) is link:
+                del self._links[island]
+            link.stream.abort()

@@ -1,0 +1,313 @@
+"""The role of an Island: loads Cargos, advertises them, and serves jobs to whoever shows a ticket."""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import trio
+
+from node import AGENT
+from node.announce import AdsClient, AdSource, AdsServer, CoordinatorFinder, SignedAd
+from node.bookkeeper import BookKeeper, now_ms
+from node.cargos import CargoSettings, load_cargos
+from node.control import serve_control
+from node.datadir import DataDir
+from node.hardware import detect
+from node.jobs_served import JobServer, Terms, island_hello
+from node.net.host import Host, open_host
+from node.ready import remove_ready, write_ready
+from node.signals import watch_signals
+from node.spread import Spreader
+from node.trust import Pins
+from privacy.keys import NodeKey
+from protocol import limits
+from protocol.ads import AD_VERSION, Ad, CargoOffer, Gpu, Hardware, PathMeasure, sign_ad
+from protocol.errors import ArchipelagError
+from protocol.messages import ADS, ADS_PROTOCOL, JOB, JOB_PROTOCOL, Hello
+from protocol.prices import Ask, format_credits
+from protocol.tickets import TicketGuard
+from runtimes.base import LoadedCargo
+
+log = logging.getLogger(__name__)
+
+DEFAULT_ASK = Ask(per_job=1000)  # 0.001 credits
+READ_WARNING = "whoever owns an Island can read what it computes, unless the job is sealed"
+
+
+@dataclass(frozen=True, slots=True)
+class IslandConfig:
+    data_dir: str
+    coordinators: tuple[str, ...]
+    cargos: CargoSettings
+    asks: Mapping[str, Ask] = field(default_factory=dict)
+    default_ask: Ask = DEFAULT_ASK
+    region: str = ""
+    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
+    bootstrap: tuple[str, ...] = ()
+    mdns: bool = True
+    ca_file: str | None = None
+    ready_file: str | None = None
+    memory_offered_bytes: int | None = None
+    gpus: tuple[Gpu, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Fixed:
+    """What an ad says and never changes in a run."""
+
+    key: NodeKey
+    boot: int
+    network: str
+    hardware: Hardware
+
+
+class AdMaker:
+    """Builds ads out of what the Cargos say of themselves now."""
+
+    def __init__(self, fixed: _Fixed, config: IslandConfig, host: Host, terms: Mapping[str, Terms]) -> None:
+        self._fixed, self._config, self._host, self._terms = fixed, config, host, terms
+        self._sequence = fixed.boot - 1
+        self.draining = False
+
+    def __call__(self) -> SignedAd:
+        self._sequence = max(now_ms(), self._sequence + 1)
+        offers = tuple(_offer(terms) for terms in self._terms.values() if terms.cargo.alive)
+        ad = Ad(
+            version=AD_VERSION,
+            network=self._fixed.network,
+            peer=self._fixed.key.peer_id,
+            boot=self._fixed.boot,
+            sequence=self._sequence,
+            expires_at_ms=self._sequence + int(limits.AD_LIFETIME_S * 1000),
+            agent=AGENT,
+            addresses=tuple(self._host.addresses()[: limits.AD_ADDRESSES_MAX]),
+            region=self._config.region,
+            hardware=self._fixed.hardware,
+            runtimes=tuple(sorted({offer.runtime for offer in offers})),
+            memory_offered_bytes=self._config.memory_offered_bytes or self._fixed.hardware.ram_bytes,
+            default_ask=self._config.default_ask,
+            offers=offers,
+            paths=self._paths(),
+            draining=self.draining,
+        )
+        return SignedAd(ad, sign_ad(ad, self._fixed.key))
+
+    def _paths(self) -> tuple[PathMeasure, ...]:
+        measured = self._host.round_trips_s()
+        return tuple(PathMeasure(peer, int(s * 1e6)) for peer, s in list(measured.items())[: limits.AD_PATHS_MAX])
+
+
+def _offer(terms: Terms) -> CargoOffer:
+    facts = terms.cargo.facts()
+    return CargoOffer(
+        name=facts.name,
+        content_hash=facts.content_hash,
+        runtime=facts.runtime,
+        engine=facts.engine,
+        ask=terms.ask,
+        context_tokens=facts.context_tokens,
+        kv_tokens_total=facts.kv_tokens_total,
+        kv_tokens_free=facts.kv_tokens_free,
+        slots_total=facts.slots_total,
+        slots_free=facts.slots_free,
+        weights_bytes=facts.weights_bytes,
+        kv_bytes_per_token=facts.kv_bytes_per_token,
+        compute_bytes=facts.compute_bytes,
+        tokens_per_s=facts.tokens_per_s,
+    )
+
+
+async def run_island(config: IslandConfig) -> None:
+    """Runs until a signal, then drains. Raises ConfigError when it cannot start."""
+    data = DataDir.open(config.data_dir)
+    with data.locked():
+        async with trio.open_nursery() as nursery:
+            island = _Island(config, data)
+            await nursery.start(watch_signals, island.stop)
+            nursery.start_soon(island.stop_early, nursery.cancel_scope)
+            await island.run()
+            nursery.cancel_scope.cancel()
+
+
+class _Island:
+    """One run of the role, in the order of its methods."""
+
+    def __init__(self, config: IslandConfig, data: DataDir) -> None:
+        self._config, self._data = config, data
+        self._key = data.key("identity")
+        self._pins = Pins(data)
+        self._boot = now_ms()
+        self._rng = random.Random(secrets.randbits(64))  # jitter must differ between nodes, nothing else depends on it
+        self.stop = trio.Event()
+        self._serving = False
+
+    async def stop_early(self, scope: trio.CancelScope) -> None:
+        """Before it serves there is nothing to drain: a signal just ends the start."""
+        await self.stop.wait()
+        if not self._serving:
+            scope.cancel()
+
+    async def run(self) -> None:
+        config = self._config
+        async with AsyncExitStack() as stack:
+            cargos = await load_cargos(config.cargos, stack)
+            log.info("this Island is %s; note: %s", self._key.peer_id, READ_WARNING)
+            host = await stack.enter_async_context(open_host(self._key.seed, config.listen))
+            finder = CoordinatorFinder(host, self._pins, config.coordinators, self._hello, config.ca_file)
+            await self._join(finder)
+            await _Service(self, host, finder, cargos).run()
+
+    def _hello(self) -> Hello:
+        return island_hello(self._pins.network, AGENT)
+
+    async def _join(self, finder: CoordinatorFinder) -> None:
+        """Learns at first contact which network this is; later the pin says so and no Coordinator is needed to start."""
+        told = False
+        while not self._pins.network:
+            try:
+                stream, _ = await finder.open()
+                await stream.aclose()
+            except (OSError, ArchipelagError, trio.TooSlowError) as error:
+                if not told:
+                    log.warning("waiting for a Coordinator: %s", str(error) or type(error).__name__)
+                told = True
+                await trio.sleep(limits.RECONNECT_MIN_S + self._rng.random() * limits.RECONNECT_MIN_S)
+
+
+class _Service:
+    """What runs once the network is known."""
+
+    def __init__(
+        self, island: _Island, host: Host, finder: CoordinatorFinder, cargos: Mapping[str, LoadedCargo]
+    ) -> None:
+        config, key, network = island._config, island._key, island._pins.network
+        self._island, self._host, self._config = island, host, config
+        self._terms = {name: Terms(cargo, config.asks.get(name, config.default_ask)) for name, cargo in cargos.items()}
+        fixed = _Fixed(key, island._boot, network, detect(island._data.path, config.gpus))
+        self._maker = AdMaker(fixed, config, host, self._terms)
+        self._ads = AdSource(self._maker)
+        self._keeper = BookKeeper(network)
+        self._guard = TicketGuard(key.peer_id, island._boot, network)
+        self._jobs = JobServer(key, self._guard, network, self._terms, island._hello)
+        self._spreader = Spreader(host, network, self._keeper)
+        self._client = AdsClient(finder, self._ads, self._keeper, self._guard.trust, island._rng)
+        self._ads_server = AdsServer(self._keeper, island._hello, finder.known, self._spreader.publish_nowait)
+
+    async def run(self) -> None:
+        self._host.set_handler(JOB_PROTOCOL, JOB, self._jobs.serve)
+        self._host.set_handler(ADS_PROTOCOL, ADS, self._ads_server.serve)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keeper.run)
+            nursery.start_soon(self._spreader.run)
+            nursery.start_soon(self._client.run)
+            nursery.start_soon(self._refresh_ads)
+            nursery.start_soon(self._spread_ads)
+            for terms in self._terms.values():
+                nursery.start_soon(self._watch_cargo, terms.cargo)
+            await nursery.start(serve_control, self._island._data, {"status": self.status, "peers": self.peers})
+            nursery.start_soon(self._say_ready)
+            self._island._serving = True
+            await self._island.stop.wait()
+            await self._drain()
+            nursery.cancel_scope.cancel()
+
+    async def _say_ready(self) -> None:
+        await self._client.ready.wait()
+        names = sorted(self._terms)
+        log.info("ready: %s", ", ".join(names) or "no Cargo loaded, memory offered")
+        write_ready(
+            self._config.ready_file,
+            peer_id=self._island._key.peer_id,
+            addresses=list(self._host.addresses()),
+            cargos=names,
+        )
+
+    async def _drain(self) -> None:
+        """No new jobs; those that run get DRAIN_S seconds."""
+        remove_ready(self._config.ready_file)
+        self._jobs.draining = self._maker.draining = True
+        self._ads.fresh()
+        with trio.move_on_after(limits.DRAIN_S) as scope:
+            await self._jobs.wait_idle()
+            await trio.sleep(_LAST_WORDS_S)
+        if scope.cancelled_caught:
+            log.warning("%d jobs did not finish within %.0f s", self._jobs.counts.running, limits.DRAIN_S)
+
+    async def _refresh_ads(self) -> None:
+        while True:
+            await trio.sleep(limits.AD_REFRESH_S * self._island._rng.uniform(0.9, 1.0))
+            self._ads.fresh()
+
+    async def _spread_ads(self) -> None:
+        """Every ad goes to gossip too; the Coordinator at the other end of our stream hears it either way."""
+        signed = self._ads.current or self._ads.fresh()
+        while True:
+            self._keeper.hear(signed.envelope)
+            self._spreader.publish_nowait(signed.envelope)
+            signed = await self._ads.wait_next(signed)
+
+    async def _watch_cargo(self, cargo: LoadedCargo) -> None:
+        while True:
+            await cargo.wait_changed()
+            self._ads.fresh()
+            await trio.sleep(limits.AD_CHANGE_INTERVAL_S)
+
+    def status(self) -> Mapping[str, Any]:
+        counts = self._jobs.counts
+        return {
+            "role": "island",
+            "peer_id": self._island._key.peer_id,
+            "addresses": list(self._host.addresses()),
+            "network": self._island._pins.network,
+            "coordinator": self._client.coordinator,
+            "ready": self._client.ready.is_set(),
+            "draining": self._jobs.draining,
+            "cargos": [asdict(terms.cargo.facts()) | {"alive": terms.cargo.alive} for terms in self._terms.values()],
+            "jobs": asdict(counts),
+            "tickets": {"admitted": self._guard.admitted, "refused": self._guard.refused},
+            "gossip": self._spreader.statistics(),
+            "host": asdict(self._host.statistics()),
+        }
+
+    def peers(self) -> Mapping[str, Any]:
+        return peers_json(self._host, self._keeper)
+
+
+_LAST_WORDS_S = 0.2  # lets the last frames and the ad that says "draining" leave
+
+
+def peers_json(host: Host, keeper: BookKeeper) -> dict[str, Any]:
+    """Who is connected, and which Islands the book knows."""
+    connected, rtts = set(host.connected_peers()), host.round_trips_s()
+    known = {
+        ad.peer: {
+            "cargos": [offer.name for offer in ad.offers],
+            "region": ad.region,
+            "agent": ad.agent,
+            "asks": {offer.name: format_credits(offer.ask.per_job) for offer in ad.offers},
+            "draining": ad.draining,
+        }
+        for ad in keeper.book.ads()
+    }
+    peers = sorted(connected | set(known))
+    return {
+        "peers": [
+            {
+                "peer_id": peer,
+                "connected": peer in connected,
+                "round_trip_ms": _ms(rtts.get(peer)),
+                "island": known.get(peer),
+            }
+            for peer in peers
+        ]
+    }
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 2)

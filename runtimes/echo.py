@@ -1,0 +1,113 @@
+"""The built-in Cargo ``echo``: answers with the last user message or the prompt, one token a word, without a model.
+
+It measures what everything around a model costs, and carries tests that need an answer but no weights. A token's id is its index in
+the answer, so a resumed answer goes on where the first Island stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from protocol.errors import Code, Refused
+from protocol.generation import FinishReason, GenerationRequest, OutputFormat, Role, pack_tokens, unpack_tokens
+from runtimes.base import CargoFacts, Chunk, Finished, RunRequest
+
+ENGINE = "echo/1"
+_WORD = re.compile(r"\S+\s*|\s+")
+_SLOTS = 4096
+_CONTEXT_TOKENS = 2**22
+
+
+class EchoRun:
+    """One echo: a chunk a word, with a pause of ``delay_s`` before each (0 outside of tests)."""
+
+    def __init__(self, generation: GenerationRequest, delay_s: float) -> None:
+        self._words, self.prompt_tokens = _answer(generation)
+        self.cached_tokens = 0
+        self._limit = min(len(self._words), generation.max_tokens)
+        self._start = _resumed(generation, self._limit)
+        self._delay_s = delay_s
+
+    async def __aiter__(self) -> AsyncIterator[Chunk | Finished]:
+        if self._delay_s == 0.0:
+            if self._start < self._limit:  # one step, so one chunk: nothing would be gained by splitting it
+                yield Chunk(
+                    pack_tokens(list(range(self._start, self._limit))), "".join(self._words[self._start : self._limit])
+                )
+        else:
+            for index in range(self._start, self._limit):
+                await trio.sleep(self._delay_s)
+                yield Chunk(pack_tokens([index]), self._words[index])
+        reason = FinishReason.LENGTH if self._limit < len(self._words) else FinishReason.STOP
+        yield Finished(reason, self.prompt_tokens, self._limit, 0)
+
+
+def _answer(generation: GenerationRequest) -> tuple[list[str], int]:
+    """The words of the answer, and the count of words of the whole prompt."""
+    users = [m.content for m in generation.messages if m.role is Role.USER]
+    text = users[-1] if users else generation.prompt
+    prompt_tokens = sum(len(_WORD.findall(m.content)) for m in generation.messages) or len(
+        _WORD.findall(generation.prompt)
+    )
+    return _WORD.findall(text), prompt_tokens
+
+
+def _resumed(generation: GenerationRequest, limit: int) -> int:
+    resumed = unpack_tokens(generation.resume)
+    if len(resumed) > limit or resumed != list(range(len(resumed))):
+        raise Refused(Code.BAD_INPUT, "the resumed tokens are not the beginning of this answer")
+    return len(resumed)
+
+
+class EchoCargo:
+    """Implements runtimes.base.LoadedCargo."""
+
+    def __init__(self, delay_s: float = 0.0) -> None:
+        self._delay_s = delay_s
+        self._running = 0
+        self.runs_total = 0
+
+    def facts(self) -> CargoFacts:
+        return CargoFacts(
+            name="echo",
+            content_hash=hashlib.sha256(ENGINE.encode()).hexdigest(),
+            runtime="echo",
+            engine=ENGINE,
+            context_tokens=_CONTEXT_TOKENS,
+            kv_tokens_total=0,
+            kv_tokens_free=0,
+            slots_total=_SLOTS,
+            slots_free=_SLOTS - self._running,
+            weights_bytes=0,
+            kv_bytes_per_token=0,
+            compute_bytes=0,
+            tokens_per_s=0.0,
+        )
+
+    @asynccontextmanager
+    async def run(self, request: RunRequest) -> AsyncIterator[EchoRun]:
+        if self._running >= _SLOTS:
+            raise Refused(Code.NO_CAPACITY, f"all {_SLOTS} places of the echo Cargo are taken")
+        if request.generation.output_format is not OutputFormat.TEXT:
+            raise Refused(Code.BAD_INPUT, "the echo Cargo answers with plain text only, not with JSON")
+        self._running += 1
+        self.runs_total += 1
+        try:
+            yield EchoRun(request.generation, self._delay_s)
+        finally:
+            self._running -= 1
+
+    async def wait_changed(self) -> None:
+        await trio.sleep_forever()  # rooms of a Cargo that costs nothing are not worth an ad
+
+    @property
+    def alive(self) -> bool:
+        return True
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
