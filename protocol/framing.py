@@ -56,8 +56,11 @@ class FrameDecoder:
         return len(self._buffer)
 
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Any]:
-        """Messages that are complete now. Raises RemoteProtocolError; after that the stream is unusable."""
+        """Messages that are complete now. Iterating raises RemoteProtocolError; after that the stream is unusable."""
         self._buffer += data
+        return self._complete()
+
+    def _complete(self) -> Iterator[Any]:
         buffer, offset = self._buffer, 0
         try:
             while len(buffer) - offset >= PREFIX_BYTES:

@@ -238,7 +238,7 @@ class Coordinators:
     def __post_init__(self) -> None:
         checks.at_most("addresses", self.addresses, limits.AD_ADDRESSES_MAX)
         for address in self.addresses:
-            checks.at_most("address", address, limits.TEXT_CHARS_MAX)
+            checks.printable("address", address, limits.TEXT_CHARS_MAX)
 
 
 JOB.seal()

@@ -41,7 +41,10 @@ class _Plan:
         hints = typing.get_type_hints(cls)
         fields = dataclasses.fields(cls)
         self.cls = cls
-        self.body_name = next((f.name for f in fields if f.metadata.get("body")), None)
+        bodies = [f.name for f in fields if f.metadata.get("body")]
+        if len(bodies) > 1:
+            raise LocalProtocolError(f"{cls.__name__} may have one body, not {len(bodies)}")
+        self.body_name = bodies[0] if bodies else None
         self.names = tuple(f.name for f in fields if f.name != self.body_name)
         pairs = [_converter(hints[name], f"{cls.__name__}.{name}") for name in self.names]
         self.readers = tuple(reader for reader, _ in pairs)

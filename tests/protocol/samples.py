@@ -1,0 +1,149 @@
+"""Valid things to start from, with keys and times that never change; tests alter one field at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from privacy.keys import NodeKey
+from protocol import ads, limits, messages, receipts, tickets
+from protocol.errors import Code
+from protocol.generation import ChatMessage, FinishReason, GenerationRequest, Role, Sampling, pack_tokens
+from protocol.prices import Ask
+
+NOW_MS = 1_795_000_000_000  # 2026-11-18
+BOOT_MS = NOW_MS - 60_000
+
+
+def key(number: int) -> NodeKey:
+    """The key whose seed is ``number``, big-endian."""
+    return NodeKey(number.to_bytes(32, "big"))
+
+
+NETWORK_KEY = key(1)
+COORDINATOR = key(2)
+ISLAND = key(3)
+HOLDER = key(4)
+OTHER = key(5)
+NETWORK = tickets.network_id_of(NETWORK_KEY.public_key)
+CONTENT_HASH = "ab" * 32
+
+
+def offer(**changes: Any) -> ads.CargoOffer:
+    fields = ads.CargoOffer(
+        name="smollm2-135m",
+        content_hash=CONTENT_HASH,
+        runtime="gguf",
+        engine="gguf/1",
+        ask=Ask(per_job=1_000, per_1k_output=20_000),
+        context_tokens=8192,
+        kv_tokens_total=32_768,
+        kv_tokens_free=30_000,
+        slots_total=16,
+        slots_free=15,
+        weights_bytes=98_000_000,
+        kv_bytes_per_token=23_040,
+        compute_bytes=50_000_000,
+        tokens_per_s=140.5,
+    )
+    return replace(fields, **changes)
+
+
+def ad(signer: NodeKey = ISLAND, **changes: Any) -> ads.Ad:
+    sequence = changes.get("sequence", NOW_MS)
+    fields = ads.Ad(
+        version=ads.AD_VERSION,
+        network=NETWORK,
+        peer=signer.peer_id,
+        boot=min(BOOT_MS, sequence),
+        sequence=sequence,
+        expires_at_ms=sequence + int(limits.AD_LIFETIME_S * 1000),
+        agent="archipelag/0.1.0",
+        addresses=("/ip4/192.0.2.1/tcp/4001",),
+        region="EU",
+        hardware=ads.Hardware(8, 16 * 2**30, 100 * 2**30, (ads.Gpu("Example GPU", "cuda", 8 * 2**30),)),
+        runtimes=("echo", "gguf"),
+        memory_offered_bytes=8 * 2**30,
+        default_ask=Ask(per_job=1_000),
+        offers=(offer(),),
+        paths=(ads.PathMeasure(COORDINATOR.peer_id, 1_200),),
+    )
+    return replace(fields, **changes)
+
+
+def lost(peer: str = ISLAND.peer_id, sequence: int = NOW_MS, **changes: Any) -> ads.Lost:
+    return replace(ads.Lost(NETWORK, peer, sequence, max(NOW_MS, sequence)), **changes)
+
+
+def delegation(coordinator: str = COORDINATOR.peer_id, **changes: Any) -> tickets.Delegation:
+    return replace(tickets.Delegation(NETWORK, coordinator, NOW_MS + 86_400_000), **changes)
+
+
+def ticket(**changes: Any) -> tickets.Ticket:
+    fields = tickets.Ticket(
+        version=tickets.TICKET_VERSION,
+        network=NETWORK,
+        issuer=COORDINATOR.peer_id,
+        holder=HOLDER.peer_id,
+        job_id="job-1",
+        route=(ISLAND.peer_id,),
+        boots=(BOOT_MS,),
+        cargo="smollm2-135m",
+        content_hash=CONTENT_HASH,
+        token_limit=256,
+        price_limit_micros=50_000,
+        cache_salt=b"\x07" * 32,
+        nonce=b"\x01" * limits.NONCE_BYTES,
+        issued_at_ms=NOW_MS,
+        expires_at_ms=NOW_MS + 120_000,
+    )
+    return replace(fields, **changes)
+
+
+def receipt(**changes: Any) -> receipts.Receipt:
+    fields = receipts.Receipt(
+        version=receipts.RECEIPT_VERSION,
+        network=NETWORK,
+        island=ISLAND.peer_id,
+        job_id="job-1",
+        ticket_hash=b"\x11" * 32,
+        content_hash=CONTENT_HASH,
+        prompt_tokens=30,
+        cached_tokens=10,
+        sent_tokens=8,
+        output_hash=b"\x22" * 32,
+        compute_ms=700,
+        price_micros=1_160,
+        finish_reason=FinishReason.STOP,
+        finished_at_ms=NOW_MS + 700,
+    )
+    return replace(fields, **changes)
+
+
+def generation(**changes: Any) -> GenerationRequest:
+    fields = GenerationRequest(
+        messages=(ChatMessage(Role.SYSTEM, "You are a helpful AI assistant."), ChatMessage(Role.USER, "Grüße, 世界 🏝")),
+        max_tokens=64,
+        sampling=Sampling(temperature=0.0, logit_bias=((11, -2.5),), seed=7),
+        stop=("\n\n",),
+        resume=pack_tokens([1, 2, 3]),
+    )
+    return replace(fields, **changes)
+
+
+JOB_MESSAGES: tuple[Any, ...] = (
+    messages.Hello(1, messages.NodeRole.ISLAND, NETWORK, "archipelag/0.1.0"),
+    messages.JobOpen(1, b"ticket", b"input"),
+    messages.JobAccepted(1, "gguf/1", 30, 10),
+    messages.JobChunk(1, 0, "Pa", b"", pack_tokens([5, 6])),
+    messages.JobDone(1, FinishReason.STOP, ".", 30, 10, 2, 1_000, 2_000, b"receipt"),
+    messages.JobFailed(1, Code.NO_CAPACITY, "full"),
+    messages.JobCancel(1),
+)
+ADS_MESSAGES: tuple[Any, ...] = (
+    messages.Hello(1, messages.NodeRole.COORDINATOR, NETWORK, "archipelag/0.1.0", b"delegation"),
+    messages.Announce((b"one", b"two")),
+    messages.AdAck(NOW_MS, True),
+    messages.BookRequest((messages.Known(COORDINATOR.peer_id, 5), messages.Known(ISLAND.peer_id, 7, True))),
+    messages.Coordinators((f"/ip4/192.0.2.2/tcp/4001/p2p/{COORDINATOR.peer_id}",)),
+)
