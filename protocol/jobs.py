@@ -5,7 +5,8 @@ state per job of a stream, checks every message that is sent (a breach is our bu
 tokens so that repeated, lost or reordered chunks show. It does no IO: the shell sends and receives, this decides.
 
 Rules: job numbers grow; a job that has ended stays ended; ``JobCancel`` may cross the Island's last message on the wire, so it is
-legal after the end, where it does nothing.
+legal after the end, where it does nothing. A cancel before the Island has accepted (WITHDRAWN) and one after it (CANCELLING) are two
+states, so that a second ``JobAccepted`` or an answer to a job that was never accepted shows even then.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class JobState(Enum):
     IDLE = auto()
     OPENING = auto()
     RUNNING = auto()
+    WITHDRAWN = auto()
     CANCELLING = auto()
     ENDED = auto()
 
@@ -46,12 +48,13 @@ TRANSITIONS: dict[tuple[JobState, type[Any]], JobState] = {
     (JobState.IDLE, JobOpen): JobState.OPENING,
     (JobState.OPENING, JobAccepted): JobState.RUNNING,
     (JobState.OPENING, JobFailed): JobState.ENDED,
-    (JobState.OPENING, JobCancel): JobState.CANCELLING,
+    (JobState.OPENING, JobCancel): JobState.WITHDRAWN,
     (JobState.RUNNING, JobChunk): JobState.RUNNING,
     (JobState.RUNNING, JobDone): JobState.ENDED,
     (JobState.RUNNING, JobFailed): JobState.ENDED,
     (JobState.RUNNING, JobCancel): JobState.CANCELLING,
-    (JobState.CANCELLING, JobAccepted): JobState.CANCELLING,
+    (JobState.WITHDRAWN, JobAccepted): JobState.CANCELLING,
+    (JobState.WITHDRAWN, JobFailed): JobState.ENDED,
     (JobState.CANCELLING, JobChunk): JobState.CANCELLING,
     (JobState.CANCELLING, JobDone): JobState.ENDED,
     (JobState.CANCELLING, JobFailed): JobState.ENDED,

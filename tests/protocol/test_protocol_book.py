@@ -142,7 +142,7 @@ def test_the_order_does_not_matter(seed: int) -> None:
 
 
 def test_all_orders_of_a_short_story() -> None:
-    story = [
+    story: list[Event] = [
         heard(samples.ad()),
         gone(ISLAND.peer_id, NOW_MS),
         heard(samples.ad(sequence=NOW_MS + 1)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -168,7 +169,7 @@ def test_a_large_book_is_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     parts = {(r.after, r.until): r for r in (next_request(full, chance) for _ in range(200))}
     ends = sorted(parts, key=lambda part: part[0])
     assert ends[0][0] == "" and ends[-1][1] == "" and len(ends) == 8
-    assert all(left[1] == right[0] for left, right in zip(ends, ends[1:], strict=False)), "no gap between two parts"
+    assert all(left[1] == right[0] for left, right in itertools.pairwise(ends)), "no gap between two parts"
 
 
 def test_the_request_is_a_function_of_book_and_chance() -> None:

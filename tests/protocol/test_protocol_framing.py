@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from protocol import limits, messages
-from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.errors import Code, LocalProtocolError, RemoteProtocolError
 from protocol.framing import PREFIX_BYTES, FrameDecoder, encode_frame, parse_prefix
+from protocol.generation import FinishReason
 from tests.protocol import samples
 
 STREAM = b"".join(encode_frame(messages.JOB, m) for m in samples.JOB_MESSAGES)
@@ -51,7 +52,8 @@ def test_random_reads(seed: int) -> None:
     chance = random.Random(seed)
     said = [chance.choice(samples.JOB_MESSAGES) for _ in range(200)]
     data = b"".join(encode_frame(messages.JOB, m) for m in said)
-    decoder, heard = FrameDecoder(messages.JOB), []
+    decoder = FrameDecoder(messages.JOB)
+    heard: list[Any] = []
     while data:
         size = chance.randint(1, 300)
         heard += decoder.feed(data[:size])
@@ -81,7 +83,7 @@ def test_after_a_bad_frame_the_decoder_never_goes_on() -> None:
     good = encode_frame(messages.JOB, messages.JobCancel(1))
     bad = struct.pack(">II", 1, 0) + b"\xc0"
     decoder = FrameDecoder(messages.JOB)
-    heard = []
+    heard: list[Any] = []
     with pytest.raises(RemoteProtocolError):
         for message in decoder.feed(good + bad + good):
             heard.append(message)
@@ -138,9 +140,9 @@ def test_every_message_at_its_limits_fits_into_a_frame() -> None:
         ),
         (
             messages.JOB,
-            messages.JobDone(2**53, messages.FinishReason.STOP, chunk, 2**31, 0, 4096, 2**53, 2**53, envelope),
+            messages.JobDone(2**53, FinishReason.STOP, chunk, 2**31, 0, 4096, 2**53, 2**53, envelope),
         ),
-        (messages.JOB, messages.JobFailed(2**53, messages.Code.CONTEXT_LENGTH, text)),
+        (messages.JOB, messages.JobFailed(2**53, Code.CONTEXT_LENGTH, text)),
         (messages.ADS, messages.Announce(reply)),
         (messages.ADS, messages.Announce(small)),
         (messages.ADS, messages.AdAck(2**53, False, text)),

@@ -114,9 +114,9 @@ WRONG: list[tuple[int, Any]] = [
     *((3, wrong) for wrong in ("b", 1, None)),
     *((4, wrong) for wrong in (1, 0, None, "true")),
     *((5, wrong) for wrong in (True, 0.0, "")),
-    *((6, wrong) for wrong in (3, [], [3, 4], [True], {}, None)),
+    *((6, wrong) for wrong in (3, [3, 4], [True], {1: 2}, None)),
     *((7, wrong) for wrong in ([4], [4, 5], [4, 5.0, 6], [5.0, 4], "ab", None)),
-    *((8, wrong) for wrong in ([1], ["x", b"y"], "xy", None, {})),
+    *((8, wrong) for wrong in ([1], ["x", b"y"], "xy", None)),
 ]
 
 
