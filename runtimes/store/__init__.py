@@ -1,8 +1,10 @@
 """Models on this machine: brought from their sources, verified, cached, held while in use. Begin with ``ModelStore``."""
 
+from runtimes.store.cache import CacheEntry, StoredModel
 from runtimes.store.errors import DiskFull, FetchCancelled, FetchError, WrongContent
 from runtimes.store.progress import ConsoleProgress, Progress, no_progress
-from runtimes.store.store import CacheEntry, ModelStore, StoredModel, default_cache_dir
+from runtimes.store.store import ModelStore, default_cache_dir
+from runtimes.store.web import WebPolicy
 
 __all__ = [
     "CacheEntry",
@@ -13,6 +15,7 @@ __all__ = [
     "ModelStore",
     "Progress",
     "StoredModel",
+    "WebPolicy",
     "WrongContent",
     "default_cache_dir",
     "no_progress",

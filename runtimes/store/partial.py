@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from runtimes.store.errors import WrongContent
+from runtimes.store.errors import DiskFull, WrongContent
 from runtimes.store.files import CHUNK_BYTES, disk_full_is_clear, read_json, write_json
 
 
@@ -39,6 +39,8 @@ class Partial:
 
     def __exit__(self, *exc: object) -> None:
         self._file.close()
+        if self.size == 0:  # nothing to resume
+            self.discard()
 
     def __repr__(self) -> str:
         return f"<Partial {self.path.name}: {self.size} bytes, part {len(self._state['starts'])}>"
@@ -76,7 +78,7 @@ class Partial:
                 rest = memoryview(data)
                 while rest:
                     rest = rest[self._file.write(rest) :]
-        except BaseException:
+        except (DiskFull, OSError):
             self.discard()
             raise
         self.size += len(data)
@@ -90,11 +92,14 @@ class Partial:
             self._whole, self._part = self._hash_again()
         self.note(None)
 
-    def end_part(self, index: int, expected: str | None, what: str) -> None:
+    def end_part(self, expected: str | None, what: str) -> None:
         """Raises WrongContent where the part's own hash is known and differs."""
         found = self._part.hexdigest()
         if expected is not None and found != expected:
-            raise WrongContent(f"{what} has the SHA-256 {found}, expected was {expected}.")
+            raise WrongContent(
+                f"{what} has the SHA-256 {found}, but {expected} was expected. What was downloaded is deleted. Start again; if it "
+                "stays wrong, correct the source or the hash."
+            )
 
     def finish(self) -> str:
         """All bytes are on the disk; returns their SHA-256."""

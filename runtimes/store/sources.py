@@ -152,6 +152,8 @@ def parse_part(text: str) -> Part:
     if any(ord(character) < 32 for character in body):
         raise ConfigError(f"A source may not hold control characters: {body!r}.")
     scheme = scheme_of(body)
+    if "#" in body and scheme != "file":
+        raise ConfigError(f"{body!r} ends in something that is no hash. Write #sha256= and 64 hexadecimal digits.")
     rest = body.partition(":")[2]
     match scheme:
         case "file":

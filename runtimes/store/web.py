@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
@@ -13,7 +13,7 @@ from urllib.parse import urljoin, urlsplit
 import httpx
 
 from runtimes.store.errors import DiskFull, FetchCancelled, FetchError
-from runtimes.store.files import CHUNK_BYTES, Cancelled
+from runtimes.store.files import Cancelled
 from runtimes.store.partial import Partial
 from runtimes.store.progress import Progress
 from runtimes.store.sources import check_redirect, check_url
@@ -30,6 +30,7 @@ class WebPolicy:
     connect_timeout_s: float = 10.0
     read_timeout_s: float = 30.0
     tries: int = 5  # in a row without a byte of progress
+    tries_total: int = 200  # a server that drips is given up at last
     backoff_s: float = 0.5  # doubles with each try
     redirects_max: int = 5
 
@@ -75,11 +76,11 @@ def open_stream(
 
 @dataclass(frozen=True, slots=True)
 class WebFetch:
-    """One file to bring. ``bytes_max``: the server may send no more than this."""
+    """One file to bring. ``reserve`` makes room for a file of that size and returns how many bytes the server may send."""
 
     url: str
     stage: str
-    bytes_max: int
+    reserve: Callable[[int | None], int]
     hash_known: bool
     token: str | None = None
 
@@ -89,7 +90,7 @@ def download(
 ) -> None:
     """Bring the part under way to its end. Raises FetchError, DiskFull, FetchCancelled."""
     failures = 0
-    while True:
+    for _ in range(policy.tries_total):
         before = partial.part_bytes
         try:
             _attempt(fetch, partial, client, policy, progress, cancelled)
@@ -103,6 +104,7 @@ def download(
             _pause(policy.backoff_s * 2**failures * (0.5 + random.random() / 2), cancelled)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise FetchError(f"{fetch.url} cannot be read: {error}. Check the address.") from error
+    raise FetchError(f"{fetch.url} broke off {policy.tries_total} times. Try again later, or take another source.")
 
 
 def _attempt(
@@ -113,22 +115,17 @@ def _attempt(
         if _is_complete(response, partial):
             return
         _accept(fetch, response, partial)
-        total = _total_bytes(response, partial)
-        if total is not None and total > fetch.bytes_max:
-            raise DiskFull(
-                f"{fetch.url} has {total:,} bytes; only {fetch.bytes_max:,} may be used. Free disk space, or raise "
-                "ARCHIPELAG_CACHE_BYTES if that is the limit."
-            )
-        for chunk in response.iter_raw(CHUNK_BYTES):
+        total = _total_bytes(response)
+        bytes_max = fetch.reserve(total)
+        for chunk in response.iter_raw():
             if cancelled():
                 raise FetchCancelled(f"cancelled; {partial.size:,} bytes are kept for the next try")
-            if partial.part_bytes + len(chunk) > fetch.bytes_max:
+            if partial.part_bytes + len(chunk) > bytes_max:
                 partial.discard()
-                raise FetchError(
-                    f"{fetch.url} sends more than the {fetch.bytes_max:,} bytes that may be used. Check the address."
-                )
+                raise DiskFull(_too_large(fetch.url, bytes_max))
             partial.write(chunk)
-            progress(fetch.stage, partial.size, None if total is None else partial.size - partial.part_bytes + total)
+            before = partial.size - partial.part_bytes
+            progress(fetch.stage, partial.size, None if total is None else before + total)
         if total is not None and partial.part_bytes < total:
             raise _TransferBroken(f"the connection ended after {partial.part_bytes:,} of {total:,} bytes")
 
@@ -187,7 +184,8 @@ def _validator(response: httpx.Response) -> str | None:
     return str(changed) if changed else None
 
 
-def _total_bytes(response: httpx.Response, partial: Partial) -> int | None:
+def _total_bytes(response: httpx.Response) -> int | None:
+    """Of the whole file, as the server says."""
     if response.status_code == 206:
         found = _CONTENT_RANGE.match(response.headers.get("content-range", ""))
         return int(found.group(3)) if found and found.group(3) != "*" else None
@@ -204,6 +202,13 @@ def _bad_status(url: str, status: int) -> str:
     if status in (404, 410):
         return f"{url} does not exist (status {status}). Check the address."
     return f"{url} answered with status {status}. Check the address, or try again later."
+
+
+def _too_large(url: str, bytes_max: int) -> str:
+    return (
+        f"{url} sends more than the {bytes_max:,} bytes that there is room for. Check the address; if it is right, free disk space "
+        "or raise ARCHIPELAG_CACHE_BYTES."
+    )
 
 
 def _gave_up(fetch: WebFetch, partial: Partial, error: Exception) -> str:
