@@ -9,26 +9,20 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlsplit
 
+from node.localnet import LocalNetwork
 from protocol.errors import ArchipelagError, ConfigError
 from runtimes.store import ModelStore
 
 MODEL = "smollm2-135m"
 SYSTEM = "You are a helpful AI assistant."  # with the template's own system prompt this model does not name Paris
-_START_TIMEOUT_S = 300.0  # loading takes seconds; a first start on a slow disk takes longer
-_STOP_TIMEOUT_S = 35.0
 _ANSWER_TIMEOUT_S = 120.0
 
 
@@ -42,108 +36,37 @@ class DemoConfig:
 
 
 class DemoFailed(ArchipelagError):
-    """A node of the demo did not start or ended; the text has the end of its log."""
-
-
-class Node:
-    """One child process and its files."""
-
-    def __init__(self, name: str, folder: Path, arguments: list[str]) -> None:
-        self.name, self._log, self._ready_file = name, folder / f"{name}.log", folder / f"{name}.ready"
-        command = [sys.executable, "-m", "node", *arguments, "--ready-file", str(self._ready_file), "--no-mdns"]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        with open(self._log, "wb") as log:
-            # A session of its own: Ctrl-C reaches the demo alone, which then stops its nodes in order.
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-
-    def ready(self) -> dict[str, Any] | None:
-        """The ready file's content once it is there. Raises DemoFailed when the process has ended."""
-        if self._ready_file.exists():
-            facts: dict[str, Any] = json.loads(self._ready_file.read_text())
-            return facts
-        if self.process.poll() is not None:
-            raise DemoFailed(f"{self.name} ended with status {self.process.returncode}:\n{self.log_end()}")
-        return None
-
-    def log_end(self) -> str:
-        return "\n".join(f"  {line}" for line in self._log.read_text(errors="replace").splitlines()[-8:])
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-
-    def wait_stopped(self, deadline: float) -> None:
-        try:
-            self.process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+    """The demo's question got no answer."""
 
 
 def run_demo(config: DemoConfig, out: TextIO) -> None:
-    """Raises DemoFailed or ConfigError; Ctrl-C ends it in order."""
+    """Raises DemoFailed, NodeFailed or ConfigError; Ctrl-C ends it in order."""
     started = time.monotonic()
     _say(out, f"1/4 model {MODEL}")
     ModelStore().fetch(MODEL)
-    with tempfile.TemporaryDirectory(prefix="archipelag-demo-") as name, _nodes() as nodes:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="archipelag-demo-") as folder, LocalNetwork(Path(folder)) as network:
         _say(out, "2/4 Coordinator")
-        url = _start_coordinator(config, folder, nodes, out)
+        network.start_coordinator(_free_address(config, out))
         _say(out, f"3/4 {config.islands} Islands, each loading the model with one thread")
-        islands = _start_islands(config, folder, url, nodes)
-        key = _make_key(folder)
+        islands = _start_islands(config.islands, network)
+        key = network.make_key()
         _say(out, f"4/4 answer ({time.monotonic() - started:.1f} s after the start)\n")
-        _ask(url, key, config.prompt, islands, out)
+        _ask(network.url, key, config.prompt, islands, out)
         if not config.once:
-            _stay(url, key, nodes, out)
+            _stay(network, key, out)
+        _say(out, "\nstopping …")
 
 
 def _say(out: TextIO, text: str) -> None:
     print(text, file=out, flush=True)
 
 
-@contextlib.contextmanager
-def _nodes() -> Iterator[list[Node]]:
-    """A list whose nodes are stopped at the end, whatever happens."""
-    nodes: list[Node] = []
-    try:
-        yield nodes
-    finally:
-        for node in reversed(nodes):
-            node.stop()
-        deadline = time.monotonic() + _STOP_TIMEOUT_S
-        for node in reversed(nodes):
-            node.wait_stopped(deadline)
-
-
-def _wait(node: Node) -> dict[str, Any]:
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        facts = node.ready()
-        if facts is not None:
-            return facts
-        time.sleep(0.05)
-    raise DemoFailed(f"{node.name} was not ready within {_START_TIMEOUT_S:.0f} s:\n{node.log_end()}")
-
-
-def _start_coordinator(config: DemoConfig, folder: Path, nodes: list[Node], out: TextIO) -> str:
-    address = config.http
-    if not config.http_chosen and not _is_free(address):
-        _say(out, f"    {address} is taken, so a free port is used")
-        address = f"{address.rpartition(':')[0]}:0"
-    arguments = [
-        "coordinator",
-        "--data-dir",
-        str(folder / "coordinator"),
-        "--http",
-        address,
-        "--listen",
-        "/ip4/127.0.0.1/tcp/0",
-    ]
-    nodes.append(Node("coordinator", folder, arguments))
-    return str(_wait(nodes[-1])["http"])
+def _free_address(config: DemoConfig, out: TextIO) -> str:
+    """The wanted address, or a free port where the default one is taken."""
+    if config.http_chosen or _is_free(config.http):
+        return config.http
+    _say(out, f"    {config.http} is taken, so a free port is used")
+    return f"{config.http.rpartition(':')[0]}:0"
 
 
 def _is_free(address: str) -> bool:
@@ -157,22 +80,11 @@ def _is_free(address: str) -> bool:
     return True
 
 
-def _start_islands(config: DemoConfig, folder: Path, url: str, nodes: list[Node]) -> dict[str, str]:
-    """Names by peer id."""
-    islands = []
-    for number in range(1, config.islands + 1):
-        arguments = ["start", "--data-dir", str(folder / f"island-{number}"), "--coordinator", url, "--cargo", MODEL]
-        arguments += ["--listen", "/ip4/127.0.0.1/tcp/0", "--threads", "1"]
-        islands.append(Node(f"island-{number}", folder, arguments))
-        nodes.append(islands[-1])
-    return {_wait(node)["peer_id"]: node.name for node in islands}
-
-
-def _make_key(folder: Path) -> str:
-    from coordinator.keys import create_key
-    from node.database import database_url
-
-    return create_key(database_url(str(folder / "coordinator"), None), "local", ("read", "write"))
+def _start_islands(count: int, network: LocalNetwork) -> dict[str, str]:
+    """Names by peer id. One thread each: engines that spin on the same cores slow each other down many times."""
+    names = [f"island-{number}" for number in range(1, count + 1)]
+    nodes = [network.start_island(name, "--cargo", MODEL, "--threads", "1") for name in names]
+    return {str(node.wait_ready()["peer_id"]): node.name for node in nodes}
 
 
 def _ask(url: str, key: str, prompt: str, islands: dict[str, str], out: TextIO) -> None:
@@ -221,7 +133,8 @@ def _print_stream(answer: http.client.HTTPResponse, out: TextIO) -> dict[str, An
     raise DemoFailed("the answer ended without [DONE]")
 
 
-def _stay(url: str, key: str, nodes: list[Node], out: TextIO) -> None:
+def _stay(network: LocalNetwork, key: str, out: TextIO) -> None:
+    url, nodes = network.url, network.nodes
     body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}], "stream": True})
     _say(out, f"\nbase URL  {url}/v1\nAPI key   {key}\n")
     _say(
@@ -230,12 +143,12 @@ def _stay(url: str, key: str, nodes: list[Node], out: TextIO) -> None:
     )
     _say(out, "Ctrl-C stops the demo.")
     try:
-        while all(node.process.poll() is None for node in nodes):
+        while all(node.running for node in nodes):
             time.sleep(0.5)
-        ended = next(node for node in nodes if node.process.poll() is not None)
-        raise DemoFailed(f"{ended.name} ended with status {ended.process.returncode}:\n{ended.log_end()}")
     except KeyboardInterrupt:
-        _say(out, "\nstopping …")
+        return
+    ended = next(node for node in nodes if not node.running)
+    raise DemoFailed(f"{ended.name} ended with status {ended.process.returncode}")
 
 
 def check_islands(count: int) -> int:

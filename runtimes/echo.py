@@ -21,10 +21,11 @@ ENGINE = "echo/1"
 _WORD = re.compile(r"\S+\s*|\s+")
 _SLOTS = 4096
 _CONTEXT_TOKENS = 2**22
+_CHUNKS_MAX = 64  # long texts come a few words at a time: nobody reads 4,096 words one by one
 
 
 class EchoRun:
-    """One echo: a chunk a word, with a pause of ``delay_s`` before each (0 outside of tests)."""
+    """One echo: a chunk a word while there are few, with a pause of ``delay_s`` before each (0 outside of tests)."""
 
     def __init__(self, generation: GenerationRequest, delay_s: float) -> None:
         self._words, self.prompt_tokens = _answer(generation)
@@ -34,15 +35,12 @@ class EchoRun:
         self._delay_s = delay_s
 
     async def __aiter__(self) -> AsyncIterator[Chunk | Finished]:
-        if self._delay_s == 0.0:
-            if self._start < self._limit:  # one step, so one chunk: nothing would be gained by splitting it
-                yield Chunk(
-                    pack_tokens(list(range(self._start, self._limit))), "".join(self._words[self._start : self._limit])
-                )
-        else:
-            for index in range(self._start, self._limit):
+        width = 1 if self._delay_s else max(1, (self._limit - self._start) // _CHUNKS_MAX)
+        for first in range(self._start, self._limit, width):
+            end = min(first + width, self._limit)
+            if self._delay_s:
                 await trio.sleep(self._delay_s)
-                yield Chunk(pack_tokens([index]), self._words[index])
+            yield Chunk(pack_tokens(list(range(first, end))), "".join(self._words[first:end]))
         reason = FinishReason.LENGTH if self._limit < len(self._words) else FinishReason.STOP
         yield Finished(reason, self.prompt_tokens, self._limit, 0)
 

@@ -86,7 +86,7 @@ def _assemble(order: Load, model: Model, facts: ModelFacts, template: ChatTempla
     engine = Engine(stage, model, model.end_tokens(), book, TimeModel(decode_s, prefill_s), stage.context.size.batch)
     engine.tokens_per_s = 1.0 / decode_s
     ready = Ready(
-        engine=f"llama-cpp-python {version()} {gpu.backend_name() if layers else 'cpu'} {facts.description}{' plain' if order.plain else ''} {order.content_hash[:12]}",
+        engine=_engine_name(version(), gpu.backend_name() if layers else "cpu", facts.description, order),
         context_tokens=context_tokens,
         kv_tokens=cells,
         slots=order.slots,
@@ -202,3 +202,9 @@ def _read_int(path: str) -> int | None:
         return int(Path(path).read_text())
     except (OSError, ValueError):  # no such control group, or "max"
         return None
+
+
+def _engine_name(build: str, backend: str, description: str, order: Load) -> str:
+    """Equal names compute equal answers: build, back end, quantisation and file. A name goes into ads, so it has no spaces."""
+    parts = ("llama-cpp-python", build, backend, *description.split(), *(["plain"] if order.plain else []), order.content_hash[:12])
+    return "/".join(re.sub(r"[^A-Za-z0-9._+-]+", "-", part) for part in parts)

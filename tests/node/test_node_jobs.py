@@ -33,11 +33,10 @@ from runtimes.echo import EchoCargo, EchoRun
 async def test_an_answer_and_its_receipt(kit: Any) -> None:
     async with kit.open_pair() as pair:
         async with pair.links.run_job(pair.island_key.peer_id, pair.sealed(), kit.prompt("one two three")) as job:
-            accepted, chunk, done = await kit.collect(job)
+            accepted, *chunks, done = await kit.collect(job)
         assert isinstance(accepted, JobAccepted) and accepted.prompt_tokens == 3
-        assert (
-            isinstance(chunk, JobChunk) and chunk.text == "one two three" and unpack_tokens(chunk.tokens) == [0, 1, 2]
-        )
+        sent = [(chunk.step, chunk.text, unpack_tokens(chunk.tokens)) for chunk in chunks]
+        assert sent == [(0, "one ", [0]), (1, "two ", [1]), (2, "three", [2])]
         assert isinstance(done, JobDone) and done.finish_reason is FinishReason.STOP and done.completion_tokens == 3
         receipt = read_receipt(done.receipt)
         assert (receipt.sent_tokens, receipt.price_micros, receipt.island) == (3, 7, pair.island_key.peer_id)
