@@ -1,0 +1,54 @@
+"""Settings of the Coordinator, checked when they are made."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+from protocol import limits
+from protocol.errors import ConfigError
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorConfig:
+    """``http_port`` 0 picks a free one. ``trusted_proxies``: addresses or networks whose X-Forwarded-For counts."""
+
+    database_url: str
+    http_host: str = "127.0.0.1"
+    http_port: int = 0
+    tls_cert: str = ""
+    tls_key: str = ""
+    insecure_http: bool = False
+    trusted_proxies: tuple[str, ...] = ()
+    body_bytes_max: int = limits.BODY_BYTES_MAX
+    job_timeout_s: float = limits.JOB_TIMEOUT_S
+    capacity_wait_s: float = limits.CAPACITY_WAIT_S
+    island_wait_s: float = limits.ISLAND_WAIT_S
+    keep_alive_comment_s: float = limits.KEEPALIVE_COMMENT_S
+    login_tries_per_minute: int = limits.LOGIN_TRIES_PER_MINUTE
+    version: str = "0"
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError; its text says what to do."""
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigError("TLS needs both a certificate and a key: give --tls-cert and --tls-key together")
+        if not (self.tls_cert or self.insecure_http or is_loopback(self.http_host)):
+            raise ConfigError(
+                f"plain HTTP on {self.http_host} would send keys and prompts readable over the network: give --tls-cert and "
+                "--tls-key, listen on 127.0.0.1, or say --insecure-http (behind a proxy that does TLS)"
+            )
+        for proxy in self.trusted_proxies:
+            try:
+                ipaddress.ip_network(proxy, strict=False)
+            except ValueError:
+                raise ConfigError(f"--trusted-proxy {proxy!r} is no address and no network like 10.0.0.0/8") from None

@@ -1,0 +1,337 @@
+"""Runs jobs on Islands so that an Island that dies loses nothing.
+
+Theory of operation. A choice is a loop of attempts. Before the first token another Island simply takes the job. Afterwards another
+Island with the same model file continues behind the token ids that were already delivered (``GenerationRequest.resume``); ids and not
+text, since text does not say how it was cut into tokens. What follows a refusal is decided by one pure function, ``verdict``.
+
+Rules: a job that has ended two workers fails and is not sent to a third Island. Waiting is bounded, so is the number of attempts.
+Leaving ``run`` early cancels what still runs on Islands. Every failure leaves as one ``Refused``.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+
+import trio
+
+from coordinator.affinity import Affinity
+from coordinator.jobs import Accepted, ChoiceResult, Event, JobSpec, Text
+from coordinator.logprobs import read_logprobs
+from coordinator.matching import Candidate, Wish, declared_tokens
+from coordinator.placement import Placement, Placer
+from coordinator.ports import IslandPort, JobRun
+from coordinator.statistics import Statistics
+from coordinator.tickets import TicketIssuer
+from protocol import limits
+from protocol.envelope import Envelope
+from protocol.errors import ArchipelagError, Code, Refused
+from protocol.generation import GENERATION, GenerationRequest
+from protocol.messages import JobAccepted, JobChunk, JobDone
+from protocol.receipts import Receipt
+from protocol.registry import Struct
+
+log = logging.getLogger(__name__)
+
+Emit = Callable[[Event], Awaitable[None]]
+
+_ENVELOPE: Struct[Envelope] = Struct(Envelope)
+_RECEIPT: Struct[Receipt] = Struct(Receipt)
+
+
+class Verdict(Enum):
+    """What follows a refusal."""
+
+    FAIL = auto()
+    ELSEWHERE = auto()  # this Island is out until it sends a newer ad
+    REST = auto()  # it is full; ask it again a little later
+    LARGER = auto()  # only a larger context would help
+
+
+_ELSEWHERE = frozenset(
+    {
+        Code.DRAINING,
+        Code.LINK_LOST,
+        Code.WORKER_DIED,
+        Code.TIMEOUT,
+        Code.CANCELLED,  # we did not cancel it, so its Island is going down
+        Code.UNKNOWN_CARGO,  # the ad was older than the Island's memory
+        Code.BAD_TICKET,  # the Island has restarted: the ticket names its earlier run
+    }
+)
+
+
+def verdict(code: Code, workers_ended: int, attempts: int) -> Verdict:
+    """What to do after an Island's refusal, the counts including it."""
+    if code is Code.NO_CAPACITY:
+        return Verdict.REST
+    if code is Code.CONTEXT_LENGTH:
+        return Verdict.LARGER
+    if (
+        code not in _ELSEWHERE
+        or attempts >= limits.JOB_ATTEMPTS_MAX
+        or workers_ended >= limits.WORKERS_ENDED_PER_JOB_MAX
+    ):
+        return Verdict.FAIL
+    return Verdict.ELSEWHERE
+
+
+def price_of(receipt: bytes) -> int:
+    """Micro-credits of a receipt whose signature the port has checked already; 0 where there is none."""
+    if not receipt:
+        return 0
+    return _RECEIPT.decode(_ENVELOPE.decode(receipt).payload).price_micros
+
+
+@dataclass(slots=True)
+class _Progress:
+    """One choice on its way through its attempts."""
+
+    index: int
+    request: GenerationRequest
+    wish: Wish
+    started_s: float
+    tokens: bytearray = field(default_factory=bytearray)
+    islands: list[str] = field(default_factory=list)
+    engines: list[str] = field(default_factory=list)
+    attempts: int = 0
+    workers_ended: int = 0
+    opened: bool = False
+    full_rest_s: float = limits.NO_CAPACITY_REST_S
+    full_since_s: float | None = None
+    price_micros: int = 0
+    last_refusal: Refused | None = None
+
+    def served_by(self, island: str, engine: str) -> None:
+        if not self.islands or self.islands[-1] != island:
+            self.islands.append(island)
+        if engine not in self.engines:
+            self.engines.append(engine)
+
+
+class Dispatcher:
+    """Runs jobs. ``clock`` is trio's, in seconds."""
+
+    def __init__(
+        self,
+        port: IslandPort,
+        placer: Placer,
+        issuer: TicketIssuer,
+        affinity: Affinity,
+        statistics: Statistics,
+        job_timeout_s: float = limits.JOB_TIMEOUT_S,
+        capacity_wait_s: float = limits.CAPACITY_WAIT_S,
+        island_wait_s: float = limits.ISLAND_WAIT_S,
+    ) -> None:
+        self._port, self._placer, self._issuer, self._affinity = port, placer, issuer, affinity
+        self._job_timeout_s = job_timeout_s
+        self._capacity_wait_s, self._island_wait_s = capacity_wait_s, island_wait_s
+        self.statistics = statistics
+        self.running = 0
+
+    def __repr__(self) -> str:
+        return f"<Dispatcher {self.running} running, {self._placer.waiting} waiting>"
+
+    async def run(self, spec: JobSpec, emit: Emit) -> None:
+        """Runs all choices of a job; each ends with its ChoiceResult. Raises Refused when one of them fails; the others are cancelled."""
+        self.running += 1
+        self.statistics.jobs_started += 1
+        try:
+            with trio.fail_after(self._job_timeout_s):
+                await self._run_choices(spec, emit)
+        except trio.TooSlowError:
+            self.statistics.jobs_failed[Code.TIMEOUT] += 1
+            raise Refused(Code.TIMEOUT, f"the job took longer than {self._job_timeout_s:g} s") from None
+        except Refused as refusal:
+            self.statistics.jobs_failed[refusal.code] += 1
+            raise
+        except ArchipelagError as error:
+            self.statistics.jobs_failed[Code.INTERNAL] += 1
+            raise Refused(Code.INTERNAL, "the Island broke the protocol") from error
+        except Exception as error:
+            # the text of a foreign error may quote the input, so only its kind and place are written down
+            self.statistics.jobs_failed[Code.INTERNAL] += 1
+            log.error(
+                "job %s: %s\n%s", spec.job_id, type(error).__name__, "".join(traceback.format_tb(error.__traceback__))
+            )
+            raise Refused(Code.INTERNAL, "the Coordinator failed; its log says where") from error
+        except BaseException:
+            self.statistics.jobs_cancelled += 1
+            raise
+        else:
+            self.statistics.jobs_done += 1
+        finally:
+            self.running -= 1
+
+    async def collect(self, spec: JobSpec) -> list[Event]:
+        """All events of a job at once, for answers that are not streamed."""
+        events: list[Event] = []
+
+        async def keep(event: Event) -> None:
+            events.append(event)
+
+        await self.run(spec, keep)
+        return events
+
+    async def _run_choices(self, spec: JobSpec, emit: Emit) -> None:
+        if len(spec.choices) == 1:
+            await self._run_choice(spec, 0, emit)
+            return
+        failed: list[Refused] = []
+
+        async def one(index: int) -> None:
+            try:
+                await self._run_choice(spec, index, emit)
+            except Refused as refusal:
+                failed.append(refusal)
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for index in range(len(spec.choices)):
+                nursery.start_soon(one, index)
+        if failed:
+            raise failed[0]
+
+    async def _run_choice(self, spec: JobSpec, index: int, emit: Emit) -> None:
+        request = spec.choices[index]
+        chain = self._affinity.chain(spec.cache_salt, spec.cargo, _parts(request))
+        wish = Wish(spec.cargo, declared_tokens(_chars(request), request.max_tokens), self._affinity.find(chain))
+        progress = _Progress(index, request, wish, trio.current_time())
+        while True:
+            placement = await self._place(progress)
+            try:
+                result = await self._attempt(spec, progress, placement, emit)
+            except Refused as refusal:
+                self._judge(refusal, progress, placement.candidate)
+            else:
+                self._affinity.served(chain, placement.island)
+                self._count(result)
+                await emit(result)
+                return
+            finally:
+                self._placer.release(placement)
+
+    async def _place(self, progress: _Progress) -> Placement:
+        capacity_wait_s = self._capacity_wait_s
+        if progress.full_since_s is not None:
+            capacity_wait_s = max(0.0, progress.full_since_s + capacity_wait_s - trio.current_time())
+        try:
+            return await self._placer.place(progress.wish, capacity_wait_s, self._island_wait_s)
+        except Refused as refusal:
+            last = progress.last_refusal
+            if last is None or refusal.code is Code.NO_CAPACITY:
+                raise
+            if last.code is Code.CONTEXT_LENGTH:
+                raise last from None
+            raise Refused(Code.NO_ISLAND, f"{refusal.message}; the last one said: {last.message}") from last
+
+    async def _attempt(self, spec: JobSpec, progress: _Progress, placement: Placement, emit: Emit) -> ChoiceResult:
+        candidate, request = placement.candidate, progress.request
+        resume = bytes(progress.tokens)
+        payload = GENERATION.encode(replace(request, resume=resume) if resume else request)
+        ticket = self._issuer.issue(spec.job_id, candidate, request.max_tokens, spec.cache_salt)
+        progress.attempts += 1
+        progress.opened = False
+        self.statistics.attempts += 1
+        async with self._port.run_job(candidate.island, ticket, payload) as run:
+            progress.opened = True
+            return await self._follow(run, progress, candidate, emit)
+
+    async def _follow(self, run: JobRun, progress: _Progress, candidate: Candidate, emit: Emit) -> ChoiceResult:
+        """Passes on what an Island sends, until it is done."""
+        index, engine = progress.index, candidate.offer.engine
+        async for message in run:
+            if isinstance(message, JobChunk):
+                progress.served_by(candidate.island, engine)
+                progress.tokens += message.tokens
+                if message.text or message.logprobs:
+                    await emit(Text(index, message.text, read_logprobs(message.logprobs)))
+            elif isinstance(message, JobAccepted):
+                engine = message.engine
+                progress.full_since_s = None
+                self._note_takeover(progress, engine)
+                await emit(Accepted(index, candidate.island, engine, trio.current_time() - progress.started_s))
+            else:
+                progress.served_by(candidate.island, engine)
+                if message.text:
+                    await emit(Text(index, message.text))
+                return _result(progress, message)
+        raise Refused(Code.LINK_LOST, "the Island's stream ended before the job did")
+
+    def _note_takeover(self, progress: _Progress, engine: str) -> None:
+        if progress.attempts == 1:
+            return
+        if not progress.tokens:
+            self.statistics.takeovers_before_first_token += 1
+            return
+        self.statistics.takeovers_mid_stream += 1
+        if engine not in progress.engines:
+            self.statistics.splices_across_engines += 1
+
+    def _judge(self, refusal: Refused, progress: _Progress, candidate: Candidate) -> None:
+        """Draws the consequences of a refusal for the next attempt. Raises the refusal when there must be none."""
+        self.statistics.refusals[refusal.code] += 1
+        if refusal.code is Code.WORKER_DIED or (refusal.code is Code.LINK_LOST and progress.opened):
+            progress.workers_ended += 1
+            self.statistics.workers_ended += 1
+        progress.last_refusal = refusal
+        what = verdict(refusal.code, progress.workers_ended, progress.attempts)
+        wish, island = progress.wish, candidate.island
+        if what is Verdict.FAIL:
+            if progress.workers_ended >= limits.WORKERS_ENDED_PER_JOB_MAX:
+                text = f"the job ended {progress.workers_ended} workers and is not tried again; the last one said: "
+                raise Refused(refusal.code, text + refusal.message) from refusal
+            raise refusal
+        if what is Verdict.REST:
+            self._rest(progress, island)
+        elif what is Verdict.LARGER:
+            smallest = max(wish.context_over, candidate.offer.context_tokens)
+            progress.wish = replace(wish, context_over=smallest)
+        else:
+            progress.wish = replace(wish, excluded={**wish.excluded, island: candidate.sequence})
+        if progress.tokens and not progress.wish.content_hash:
+            offer = candidate.offer
+            progress.wish = replace(progress.wish, content_hash=offer.content_hash, engine=progress.engines[-1])
+
+    def _rest(self, progress: _Progress, island: str) -> None:
+        """The Island is full; it does not count as an attempt. All the waiting together is bounded from the first refusal on."""
+        now_s = trio.current_time()
+        progress.attempts -= 1
+        progress.full_since_s = progress.full_since_s if progress.full_since_s is not None else now_s
+        progress.wish = replace(progress.wish, resting={**progress.wish.resting, island: now_s + progress.full_rest_s})
+        progress.full_rest_s = min(2 * progress.full_rest_s, limits.NO_CAPACITY_REST_MAX_S)
+
+    def _count(self, result: ChoiceResult) -> None:
+        statistics = self.statistics
+        statistics.prompt_tokens += result.prompt_tokens
+        statistics.cached_tokens += result.cached_tokens
+        statistics.completion_tokens += result.completion_tokens
+        statistics.price_micros += result.price_micros
+
+
+def _result(progress: _Progress, done: JobDone) -> ChoiceResult:
+    return ChoiceResult(
+        choice=progress.index,
+        finish_reason=done.finish_reason,
+        islands=tuple(progress.islands),
+        engines=tuple(progress.engines),
+        prompt_tokens=done.prompt_tokens,
+        cached_tokens=done.cached_tokens,
+        completion_tokens=len(progress.tokens) // 4,
+        price_micros=price_of(done.receipt),
+        prefill_us=done.prefill_us,
+        decode_us=done.decode_us,
+    )
+
+
+def _parts(request: GenerationRequest) -> list[tuple[str, str]]:
+    if request.messages:
+        return [(message.role, message.content) for message in request.messages]
+    return [("prompt", request.prompt)]
+
+
+def _chars(request: GenerationRequest) -> int:
+    return len(request.prompt) + sum(len(message.content) for message in request.messages)

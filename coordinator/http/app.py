@@ -1,0 +1,246 @@
+"""The aiohttp application: routes, and one middleware that gives every answer a request id and every error OpenAI's envelope."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+from coordinator.dispatch import Dispatcher
+from coordinator.http import models, schema
+from coordinator.http.answers import Answer, Shape, StreamWriter, to_json, whole
+from coordinator.http.auth import Gate
+from coordinator.http.bridge import Bridge, Stream
+from coordinator.http.chat import ChatShape
+from coordinator.http.completions import CompletionShape
+from coordinator.http.errors import ApiError, from_refusal
+from coordinator.http.metrics import CONTENT_TYPE, Metrics
+from coordinator.http.sse import DONE, KEEP_ALIVE, EventStream, event
+from coordinator.jobs import Accepted, Event, JobSpec
+from coordinator.placement import Placer
+from privacy.keys import cache_salt
+from protocol.errors import Refused
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Parser = Callable[[dict[str, Any], int], schema.ApiRequest]
+
+_JSON = "application/json"
+_PREFIXES = ("/v1", "/api/v1")
+_REQUEST_ID_CHARS_MAX = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the handlers need. ``placer``, ``dispatcher`` and ``well_known`` belong to trio and are only called through the bridge."""
+
+    bridge: Bridge
+    dispatcher: Dispatcher
+    placer: Placer
+    gate: Gate
+    metrics: Metrics
+    well_known: Callable[[], dict[str, Any]]
+    salt_secret: bytes
+    version: str
+    body_bytes_max: int
+    keep_alive_comment_s: float
+    draining: threading.Event = field(default_factory=threading.Event)
+
+
+class Api:
+    """The handlers, one method each."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    def application(self) -> web.Application:
+        app = web.Application(client_max_size=self._services.body_bytes_max, middlewares=[self._middleware])
+        routes: list[web.AbstractRouteDef] = [
+            web.get("/health", self.health),
+            web.get("/metrics", self.metrics),
+            web.get("/.well-known/archipelag.json", self.well_known),
+        ]
+        for prefix in _PREFIXES:
+            routes += [
+                web.post(f"{prefix}/chat/completions", self.chat),
+                web.post(f"{prefix}/completions", self.completions),
+                web.get(f"{prefix}/models", self.models),
+                # a model's name may hold slashes
+                web.get(prefix + "/models/{name:.+}", self.model),
+            ]
+        app.add_routes(routes)
+        return app
+
+    @web.middleware
+    async def _middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Nothing leaves without a request id, no error without its envelope; a handler's bug ends one request only."""
+        started_s = time.perf_counter()
+        request_id = _request_id(request)
+        request["id"] = request_id
+        try:
+            response = await handler(request)
+        except ApiError as error:
+            response = _error(error)
+        except Refused as refusal:
+            response = _error(from_refusal(refusal))
+        except web.HTTPException as error:
+            response = _error(_from_http(error, self._services.body_bytes_max))
+        except ConnectionError:
+            raise  # the client has gone; aiohttp cleans up
+        except Exception as error:
+            # no message: the text of a foreign error may quote the input
+            trace = "".join(traceback.format_tb(error.__traceback__))
+            log.error("request %s: %s\n%s", request_id, type(error).__name__, trace)
+            response = _error(ApiError(500, "internal error", code="internal_error", kind="server_error"))
+        if not response.prepared:
+            response.headers["x-request-id"] = request_id
+            response.headers["Server"] = "archipelag"
+            response.headers.update(request.get("limits", {}))
+        resource = request.match_info.route.resource
+        route = resource.canonical if resource is not None else "none"
+        self._services.metrics.request(route, response.status, time.perf_counter() - started_s)
+        return response
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, schema.parse_chat, ChatShape())
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, schema.parse_completion, CompletionShape())
+
+    async def models(self, request: web.Request) -> web.StreamResponse:
+        await self._admit(request, "read")
+        return _json(models.model_list(await self._cargos()))
+
+    async def model(self, request: web.Request) -> web.StreamResponse:
+        await self._admit(request, "read")
+        return _json(models.model(await self._cargos(), request.match_info["name"]))
+
+    async def health(self, _request: web.Request) -> web.StreamResponse:
+        services = self._services
+
+        async def islands() -> int:
+            return services.placer.islands()
+
+        status = "draining" if services.draining.is_set() else "ok"
+        return _json({"status": status, "version": services.version, "islands": await services.bridge.call(islands)})
+
+    async def metrics(self, _request: web.Request) -> web.StreamResponse:
+        return web.Response(body=self._services.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def well_known(self, _request: web.Request) -> web.StreamResponse:
+        async def ask() -> dict[str, Any]:
+            return self._services.well_known()
+
+        return _json(await self._services.bridge.call(ask))
+
+    async def _cargos(self) -> dict[str, int]:
+        async def ask() -> dict[str, int]:
+            return self._services.placer.cargos()
+
+        return await self._services.bridge.call(ask)
+
+    async def _admit(self, request: web.Request, scope: str) -> str:
+        """The account of the key."""
+        key, headers = await self._services.gate.admit(request, scope)
+        request["limits"] = headers
+        return key.account
+
+    async def _generate(self, request: web.Request, parse: Parser, shape: Shape) -> web.StreamResponse:
+        account = await self._admit(request, "write")
+        if self._services.draining.is_set():
+            raise ApiError(
+                503,
+                "the Coordinator is shutting down",
+                code="draining",
+                kind="server_error",
+                headers={"Retry-After": "2"},
+            )
+        api = parse(schema.parse_json(await request.read()), secrets.randbits(63))
+        job_id = secrets.token_hex(12)
+        spec = JobSpec(job_id, api.model, cache_salt(self._services.salt_secret, account), api.choices)
+        answer = Answer(api, job_id, int(time.time()))
+        if api.stream:
+            return await self._stream(request, spec, answer, shape)
+        events = await self._services.bridge.call(self._services.dispatcher.collect, spec)
+        body = whole(answer, shape, events)
+        return web.Response(body=body, headers={"Content-Type": _JSON, **answer.headers()})
+
+    async def _stream(self, request: web.Request, spec: JobSpec, answer: Answer, shape: Shape) -> web.StreamResponse:
+        """Waits for the first Island before it sends headers: until then an error has a status of its own."""
+        dispatcher = self._services.dispatcher
+        stream: Stream[Event] = self._services.bridge.stream(lambda send: dispatcher.run(spec, send))
+        writer = StreamWriter(answer, shape)
+        try:
+            events = await stream.take()
+            if isinstance(events[0], Accepted):
+                answer.note(events[0])
+            headers = {
+                **answer.headers(),
+                "x-request-id": request["id"],
+                "Server": "archipelag",
+                **request.get("limits", {}),
+            }
+            async with EventStream(request, headers, self._services.keep_alive_comment_s, stream.nudge) as output:
+                await _pump(stream, events, writer, output)
+                return output.response
+        finally:
+            if not writer.complete:
+                stream.close()
+
+
+async def _pump(stream: Stream[Event], events: list[Event], writer: StreamWriter, output: EventStream) -> None:
+    """Writes events until the job has ended. An error is told in the stream, since its headers have gone out already."""
+    while True:
+        data = writer.feed(events)
+        if writer.complete:
+            await output.write(data + DONE)
+            return
+        if data:
+            await output.write(data)
+        try:
+            events = await stream.take()
+        except Refused as refusal:
+            await output.write(event(from_refusal(refusal).body()))
+            return
+        if not events:
+            await output.write(KEEP_ALIVE)
+
+
+def _request_id(request: web.Request) -> str:
+    """The client's own, where it is a harmless one, so that both sides' logs can be laid side by side."""
+    given = request.headers.get("x-request-id", "")
+    if (
+        0 < len(given) <= _REQUEST_ID_CHARS_MAX
+        and given.isascii()
+        and given.replace("-", "").replace("_", "").isalnum()
+    ):
+        return given
+    return "req_" + secrets.token_hex(12)
+
+
+def _json(value: object) -> web.Response:
+    return web.Response(body=to_json(value), headers={"Content-Type": _JSON})
+
+
+def _error(error: ApiError) -> web.Response:
+    return web.Response(status=error.status, body=error.body(), headers={"Content-Type": _JSON, **error.headers})
+
+
+def _from_http(error: web.HTTPException, body_bytes_max: int) -> ApiError:
+    """aiohttp's own refusals: no such route, wrong method, body too large."""
+    if error.status == 404:
+        return ApiError(404, "there is nothing at this address", code="not_found")
+    if error.status == 405:
+        allow = error.headers.get("Allow", "")
+        return ApiError(405, f"this address takes {allow}", code="method_not_allowed", headers={"Allow": allow})
+    if error.status == 413:
+        return ApiError(413, f"the body is over {body_bytes_max} bytes", code="body_too_large")
+    return ApiError(error.status, error.reason, code="http_error")

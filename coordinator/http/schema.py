@@ -1,0 +1,397 @@
+"""OpenAI's request bodies, checked field by field, turned into what Islands are asked to do.
+
+Every complaint names its parameter. Parameters that do not change the answer are accepted and ignored; those that would change its
+meaning and that we cannot honour are refused (``unsupported_parameter``), so that nobody believes that a tool was offered when it was not.
+Names that OpenAI does not know are ignored, since many clients send extras.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+from coordinator.http.errors import bad_request, unsupported
+from protocol import limits
+from protocol.generation import ChatMessage, GenerationRequest, OutputFormat, Role, Sampling
+
+_ROLES = {
+    "system": Role.SYSTEM,
+    "developer": Role.SYSTEM,  # OpenAI's newer name for it
+    "user": Role.USER,
+    "assistant": Role.ASSISTANT,
+    "tool": Role.TOOL,
+}
+_NO_TOOLS = (None, "none", "auto")  # a tool_choice that asks for nothing
+_SCHEMA_NAME_CHARS_MAX = 64
+_LOGPROBS_COMPLETIONS_MAX = 5  # OpenAI's limit for /v1/completions
+_INT64 = 2**63
+
+
+@dataclass(frozen=True, slots=True)
+class ApiRequest:
+    """A request that passed all checks. ``choices`` are complete; ``echoes``: the text to put before each (completions with echo)."""
+
+    model: str
+    choices: tuple[GenerationRequest, ...]
+    stream: bool
+    include_usage: bool
+    logprobs: bool
+    echoes: tuple[str, ...] = ()
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body. Raises ApiError 400 for anything else, NaN and Infinity included."""
+    try:
+        value = json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, json.JSONDecodeError) else "it is not valid"
+        raise bad_request(f"the body could not be read as JSON: {reason}", None, "invalid_json") from None
+    if not isinstance(value, dict):
+        raise bad_request("the body must be a JSON object", None, "invalid_type")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def parse_chat(body: Mapping[str, Any], seed: int) -> ApiRequest:
+    """``POST /v1/chat/completions``. ``seed`` is used where the client gave none. Raises ApiError 400."""
+    fields = _Fields(body)
+    model = fields.text("model", limits.NAME_CHARS_MAX, required=True)
+    _refuse_unsupported(body)
+    logprobs = fields.flag("logprobs")
+    top = fields.integer("top_logprobs", 0, limits.TOP_LOGPROBS_MAX)
+    if top is not None and not logprobs:
+        raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
+    output_format, schema = _response_format(fields.get("response_format"))
+    base = GenerationRequest(
+        messages=_messages(fields.get("messages")),
+        max_tokens=_max_tokens(fields, "max_completion_tokens", "max_tokens"),
+        sampling=_sampling(fields, seed),
+        stop=_stop(fields.get("stop")),
+        top_logprobs=(top or 0) if logprobs else -1,
+        output_format=output_format,
+        schema=schema,
+    )
+    n = fields.integer("n", 1, limits.CHOICES_MAX) or 1
+    stream, include_usage = _stream(fields)
+    return ApiRequest(model, _choices([base], n), stream, include_usage, logprobs)
+
+
+def parse_completion(body: Mapping[str, Any], seed: int) -> ApiRequest:
+    """``POST /v1/completions``. Raises ApiError 400."""
+    fields = _Fields(body)
+    model = fields.text("model", limits.NAME_CHARS_MAX, required=True)
+    if fields.get("suffix"):
+        raise unsupported("suffix")
+    prompts = _prompts(fields.get("prompt"))
+    n = fields.integer("n", 1, limits.CHOICES_MAX) or 1
+    best_of = fields.integer("best_of", 1, limits.CHOICES_MAX)
+    if best_of is not None and best_of != n:
+        raise unsupported("best_of", "other than n is not supported here")
+    if len(prompts) * n > limits.COMPLETION_CHOICES_MAX:
+        raise bad_request(f"prompts x n may be at most {limits.COMPLETION_CHOICES_MAX}", "prompt")
+    top = fields.integer("logprobs", 0, _LOGPROBS_COMPLETIONS_MAX)
+    echo = fields.flag("echo")
+    if echo and top is not None:
+        raise unsupported("logprobs", "together with echo is not supported here")
+    sampling, stop = _sampling(fields, seed), _stop(fields.get("stop"))
+    max_tokens = _max_tokens(fields, "max_tokens")
+    output_format, schema = _response_format(fields.get("response_format"))
+    bases = [
+        GenerationRequest(
+            prompt=prompt,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop,
+            top_logprobs=-1 if top is None else top,
+            output_format=output_format,
+            schema=schema,
+        )
+        for prompt in prompts
+    ]
+    stream, include_usage = _stream(fields)
+    echoes = tuple(prompt for prompt in prompts for _ in range(n)) if echo else ()
+    return ApiRequest(model, _choices(bases, n), stream, include_usage, top is not None, echoes)
+
+
+def _choices(bases: list[GenerationRequest], n: int) -> tuple[GenerationRequest, ...]:
+    """n of each, with seeds that follow one another, so that they differ and can be had again."""
+    if n == 1 and len(bases) == 1:
+        return (bases[0],)
+    found = []
+    for base in bases:
+        for offset in range(n):
+            seed = (base.sampling.seed + offset) & limits.SEED_MAX
+            found.append(replace(base, sampling=replace(base.sampling, seed=seed)))
+    return tuple(found)
+
+
+class _Fields:
+    """Typed access to a body; null counts as absent, as it does at OpenAI."""
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        self._body = body
+
+    def get(self, name: str) -> Any:
+        return self._body.get(name)
+
+    def text(self, name: str, limit: int, required: bool = False) -> str:
+        value = self._body.get(name)
+        if value is None and not required:
+            return ""
+        if value is None or value == "":
+            raise bad_request(f"you must provide {name}", name, "missing_required_parameter")
+        return _text(value, name, limit)
+
+    def flag(self, name: str) -> bool:
+        value = self._body.get(name)
+        if value is None:
+            return False
+        if type(value) is not bool:
+            raise _wrong_type(name, "a boolean", value)
+        return value
+
+    def integer(self, name: str, low: int, high: int) -> int | None:
+        value = self._body.get(name)
+        if value is None:
+            return None
+        if type(value) is not int:
+            raise _wrong_type(name, "an integer", value)
+        _within(value, name, low, high)
+        return value
+
+    def number(self, name: str, low: float, high: float, default: float) -> float:
+        value = self._body.get(name)
+        return default if value is None else _number(value, name, low, high)
+
+
+def _wrong_type(param: str, expected: str, value: object) -> Exception:
+    kinds = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    got = kinds.get(type(value), "a number")
+    return bad_request(f"{param} must be {expected}, not {got}", param, "invalid_type")
+
+
+def _within(value: float, param: str, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise bad_request(f"{param} must be between {low} and {high}", param)
+
+
+def _number(value: object, param: str, low: float, high: float) -> float:
+    """A finite number. An int that is too large for a float fails the comparison, not the conversion."""
+    if type(value) is not float and type(value) is not int:
+        raise _wrong_type(param, "a number", value)
+    if type(value) is float and not math.isfinite(value):  # 1e999 reads as infinity
+        raise bad_request(f"{param} must be a finite number", param)
+    _within(value, param, low, high)
+    return float(value)
+
+
+def _text(value: object, param: str, limit: int) -> str:
+    """A string that can be encoded: JSON allows lone surrogates, UTF-8 does not."""
+    if not isinstance(value, str):
+        raise _wrong_type(param, "a string", value)
+    if len(value) > limit:
+        raise bad_request(
+            f"{param} has {len(value)} characters; the limit is {limit}", param, "string_above_max_length"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise bad_request(f"{param} holds half of a surrogate pair", param) from None
+    return value
+
+
+def _messages(value: object) -> tuple[ChatMessage, ...]:
+    if value is None:
+        raise bad_request("you must provide messages", "messages", "missing_required_parameter")
+    if not isinstance(value, list):
+        raise _wrong_type("messages", "an array", value)
+    if not value:
+        raise bad_request("messages must hold at least one message", "messages", "empty_array")
+    if len(value) > limits.MESSAGES_MAX:
+        text = f"there are {len(value)} messages; the limit is {limits.MESSAGES_MAX}"
+        raise bad_request(text, "messages", "array_above_max_length")
+    return tuple(_message(entry, f"messages[{index}]") for index, entry in enumerate(value))
+
+
+def _message(value: object, where: str) -> ChatMessage:
+    if not isinstance(value, dict):
+        raise _wrong_type(where, "an object", value)
+    role = value.get("role")
+    known = _ROLES.get(role) if isinstance(role, str) else None
+    if known is None:
+        raise bad_request(f"{where}.role must be one of {', '.join(_ROLES)}", f"{where}.role")
+    for field in ("tool_calls", "function_call", "audio"):
+        if value.get(field):
+            raise unsupported(f"{where}.{field}")
+    name = value.get("name")
+    checked = "" if name is None else _text(name, f"{where}.name", limits.NAME_CHARS_MAX)
+    return ChatMessage(known, _content(value.get("content"), known, f"{where}.content"), checked)
+
+
+def _content(value: object, role: Role, where: str) -> str:
+    if value is None and role is Role.ASSISTANT:
+        return ""
+    if not isinstance(value, list):
+        return _text(value, where, limits.MESSAGE_CHARS_MAX)
+    if not value:
+        raise bad_request(f"{where} must hold at least one part", where, "empty_array")
+    texts = [_part(part, f"{where}[{index}]") for index, part in enumerate(value)]
+    return _text("\n".join(texts), where, limits.MESSAGE_CHARS_MAX)
+
+
+def _part(value: object, where: str) -> str:
+    if not isinstance(value, dict):
+        raise _wrong_type(where, "an object", value)
+    kind = value.get("type")
+    if kind == "text" or kind == "refusal":
+        return _text(value.get(kind), f"{where}.{kind}", limits.MESSAGE_CHARS_MAX)
+    if isinstance(kind, str) and kind:
+        raise unsupported(f"{where}.type", f"{kind[:40]!r} is not supported here; this model reads text")
+    raise bad_request(f"{where}.type must be 'text'", f"{where}.type")
+
+
+def _prompts(value: object) -> list[str]:
+    if value is None:
+        raise bad_request("you must provide prompt", "prompt", "missing_required_parameter")
+    if isinstance(value, str):
+        return [_prompt(value, "prompt")]
+    if not isinstance(value, list):
+        raise _wrong_type("prompt", "a string or an array of strings", value)
+    if not value:
+        raise bad_request("prompt must hold at least one prompt", "prompt", "empty_array")
+    if any(type(entry) in (int, list) for entry in value):
+        raise unsupported("prompt", "as arrays of tokens is not supported here; send text")
+    if len(value) > limits.COMPLETION_CHOICES_MAX:
+        text = f"there are {len(value)} prompts; the limit is {limits.COMPLETION_CHOICES_MAX}"
+        raise bad_request(text, "prompt", "array_above_max_length")
+    return [_prompt(entry, f"prompt[{index}]") for index, entry in enumerate(value)]
+
+
+def _prompt(value: object, where: str) -> str:
+    return _text(value, where, limits.MESSAGE_CHARS_MAX)
+
+
+def _max_tokens(fields: _Fields, *names: str) -> int:
+    """The first that is given; all are checked."""
+    given = [fields.integer(name, 1, limits.COMPLETION_TOKENS_MAX) for name in names]
+    return next((value for value in given if value is not None), limits.COMPLETION_TOKENS_DEFAULT)
+
+
+def _sampling(fields: _Fields, seed: int) -> Sampling:
+    given_seed = fields.integer("seed", -_INT64, _INT64 - 1)
+    penalty = limits.PENALTY_ABS_MAX
+    return Sampling(
+        temperature=fields.number("temperature", 0, limits.TEMPERATURE_MAX, limits.TEMPERATURE_DEFAULT),
+        top_p=fields.number("top_p", 0, 1, 1.0),
+        top_k=fields.integer("top_k", 0, 1_000_000) or 0,
+        min_p=fields.number("min_p", 0, 1, 0.0),
+        presence_penalty=fields.number("presence_penalty", -penalty, penalty, 0.0),
+        frequency_penalty=fields.number("frequency_penalty", -penalty, penalty, 0.0),
+        repetition_penalty=fields.number("repetition_penalty", 0.01, 10, 1.0),
+        logit_bias=_logit_bias(fields.get("logit_bias")),
+        # OpenAI's seeds are signed, ours are not; the mask keeps different ones different but for the sign
+        seed=(seed if given_seed is None else given_seed) & limits.SEED_MAX,
+    )
+
+
+def _logit_bias(value: object) -> tuple[tuple[int, float], ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, dict):
+        raise _wrong_type("logit_bias", "an object", value)
+    if len(value) > limits.LOGIT_BIAS_ENTRIES_MAX:
+        raise bad_request(f"logit_bias may have at most {limits.LOGIT_BIAS_ENTRIES_MAX} entries", "logit_bias")
+    found: dict[int, float] = {}
+    for token, bias in value.items():
+        if not (token.isascii() and token.isdigit() and len(token) <= 10 and int(token) < 2**31):
+            raise bad_request("the keys of logit_bias are token ids", "logit_bias")
+        found[int(token)] = _number(bias, "logit_bias", -limits.LOGIT_BIAS_ABS_MAX, limits.LOGIT_BIAS_ABS_MAX)
+    return tuple(sorted(found.items()))
+
+
+def _stop(value: object) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    entries = value if isinstance(value, list) else [value]
+    if len(entries) > limits.STOP_STRINGS_MAX:
+        raise bad_request(f"stop may hold at most {limits.STOP_STRINGS_MAX} strings", "stop", "array_above_max_length")
+    texts = [_text(entry, "stop", limits.STOP_STRING_CHARS_MAX) for entry in entries]
+    if not all(texts):
+        raise bad_request("a stop string must not be empty", "stop")
+    return tuple(texts)
+
+
+def _stream(fields: _Fields) -> tuple[bool, bool]:
+    stream, options = fields.flag("stream"), fields.get("stream_options")
+    if options is None:
+        return stream, False
+    if not isinstance(options, dict):
+        raise _wrong_type("stream_options", "an object", options)
+    if not stream:
+        raise bad_request("stream_options needs stream to be true", "stream_options")
+    include = options.get("include_usage")
+    if include is not None and type(include) is not bool:
+        raise _wrong_type("stream_options.include_usage", "a boolean", include)
+    return stream, bool(include)
+
+
+def _response_format(value: object) -> tuple[OutputFormat, str]:
+    if value is None:
+        return OutputFormat.TEXT, ""
+    if not isinstance(value, dict):
+        raise _wrong_type("response_format", "an object", value)
+    kind = value.get("type")
+    if kind == "text":
+        return OutputFormat.TEXT, ""
+    if kind == "json_object":
+        return OutputFormat.JSON_OBJECT, ""
+    if kind != "json_schema":
+        raise bad_request("response_format.type must be text, json_object or json_schema", "response_format.type")
+    return OutputFormat.JSON_SCHEMA, _schema(value.get("json_schema"), "response_format.json_schema")
+
+
+def _schema(value: object, where: str) -> str:
+    """The schema as text. Whether it is a schema that can be followed is for the Island's grammar compiler to say."""
+    if not isinstance(value, dict):
+        raise _wrong_type(where, "an object", value)
+    name = value.get("name")
+    if not isinstance(name, str) or not name:
+        raise bad_request(f"{where}.name must be a string", f"{where}.name", "missing_required_parameter")
+    if (
+        len(name) > _SCHEMA_NAME_CHARS_MAX
+        or not name.replace("-", "_").replace("_", "a").isalnum()
+        or not name.isascii()
+    ):
+        raise bad_request(
+            f"{where}.name may hold letters, digits, _ and -, at most {_SCHEMA_NAME_CHARS_MAX}", f"{where}.name"
+        )
+    strict = value.get("strict")
+    if strict is not None and type(strict) is not bool:
+        raise _wrong_type(f"{where}.strict", "a boolean", strict)
+    schema = value.get("schema")
+    if not isinstance(schema, dict):
+        raise bad_request(
+            f"{where}.schema must be a JSON schema, which is an object", f"{where}.schema", "invalid_type"
+        )
+    text = json.dumps(schema, separators=(",", ":"))
+    if len(text) > limits.SCHEMA_BYTES_MAX:
+        raise bad_request(f"{where}.schema is over {limits.SCHEMA_BYTES_MAX} bytes", f"{where}.schema")
+    return text
+
+
+def _refuse_unsupported(body: Mapping[str, Any]) -> None:
+    for name in ("tools", "functions", "audio", "web_search_options"):
+        if body.get(name):
+            raise unsupported(name)
+    for name in ("tool_choice", "function_call"):
+        if body.get(name) not in _NO_TOOLS:
+            raise unsupported(name)
+    modalities = body.get("modalities")
+    if modalities is not None and modalities != ["text"]:
+        raise unsupported("modalities", "other than text is not supported here")

@@ -1,0 +1,63 @@
+"""Jobs as values: what is to be done, what happens meanwhile, and what came of it. They cross from trio to the HTTP side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coordinator.logprobs import TokenLogprob
+from protocol.generation import FinishReason, GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """One request of a Consumer. Each choice runs as a job of its own on some Island; all share the job id.
+
+    ``cache_salt``: 32 bytes of the account. ``job_id`` stands in tickets, headers and logs.
+    """
+
+    job_id: str
+    cargo: str
+    cache_salt: bytes
+    choices: tuple[GenerationRequest, ...]
+
+    def __post_init__(self) -> None:
+        if not self.choices:
+            raise ValueError("a job has at least one choice")
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """An Island has taken a choice. Comes again where another Island had to take over; the first one counts for headers."""
+
+    choice: int
+    island: str
+    engine: str
+    placed_s: float  # from the start of the job
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """The next piece of a choice, with the logprobs of its tokens where they were asked for."""
+
+    choice: int
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceResult:
+    """How a choice ended. ``completion_tokens`` counts all attempts, ``prompt_tokens`` the last one's."""
+
+    choice: int
+    finish_reason: FinishReason
+    islands: tuple[str, ...]  # that produced tokens, in order; the last one finished
+    engines: tuple[str, ...]  # distinct, in order: more than one where the answer was continued by another engine
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    price_micros: int
+    prefill_us: int
+    decode_us: int
+
+
+Event = Accepted | Text | ChoiceResult

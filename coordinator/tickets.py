@@ -1,0 +1,50 @@
+"""Issues the tickets that open jobs on Islands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from coordinator.matching import Candidate
+from protocol import limits
+from protocol.identity import Signer
+from protocol.tickets import TICKET_VERSION, Ticket, sign_ticket
+
+
+@dataclass(frozen=True, slots=True)
+class TicketIssuer:
+    """Signs with the Coordinator's key and names the Coordinator as holder too: it is the one that opens the job.
+
+    ``clock`` gives Unix time in seconds, ``random_bytes(n)`` n unpredictable bytes, ``job_s_max`` the longest time a job may run (for the
+    price limit of asks per second).
+    """
+
+    key: Signer
+    network: str
+    job_s_max: float
+    clock: Callable[[], float]
+    random_bytes: Callable[[int], bytes]
+
+    def issue(self, job_id: str, candidate: Candidate, max_tokens: int, cache_salt: bytes) -> bytes:
+        """The signed envelope of a fresh ticket for one Island."""
+        now_ms = int(self.clock() * 1000)
+        offer = candidate.offer
+        price_limit = offer.ask.price(max_tokens, int(self.job_s_max * 1000))
+        ticket = Ticket(
+            version=TICKET_VERSION,
+            network=self.network,
+            issuer=self.key.peer_id,
+            holder=self.key.peer_id,
+            job_id=job_id,
+            route=(candidate.island,),
+            boots=(candidate.boot,),
+            cargo=offer.name,
+            content_hash=offer.content_hash,
+            token_limit=max_tokens,
+            price_limit_micros=min(price_limit, limits.PRICE_MICROS_MAX),
+            cache_salt=cache_salt,
+            nonce=self.random_bytes(limits.NONCE_BYTES),
+            issued_at_ms=now_ms,
+            expires_at_ms=now_ms + int(limits.TICKET_LIFETIME_S * 1000),
+        )
+        return sign_ticket(ticket, self.key)
