@@ -164,15 +164,26 @@ def sign_ad(ad: Ad, signer: Signer) -> bytes:
 def read_ad(data: bytes, now_ms: int) -> Ad:
     """The ad in an envelope. Raises RemoteProtocolError (SignatureError) unless its own peer signed it and it is neither expired nor
     from the future."""
+    ad = open_ad(data)
+    check_ad_time(ad, now_ms)
+    return ad
+
+
+def open_ad(data: bytes) -> Ad:
+    """The part of ``read_ad`` that does not depend on the time: who has seen an envelope before need not do it again."""
     envelope = open_envelope(Label.AD, data)
     ad = _AD.decode(envelope.payload)
     if envelope.signer != ad.peer:
         raise SignatureError(f"an ad for {ad.peer} was signed by {envelope.signer}")
+    return ad
+
+
+def check_ad_time(ad: Ad, now_ms: int) -> None:
+    """Raises RemoteProtocolError for an ad that has expired or comes from the future."""
     if ad.sequence > now_ms + limits.CLOCK_SKEW_S * 1000:
         raise RemoteProtocolError(f"the ad of {ad.peer} comes from {ad.sequence - now_ms} ms in the future")
     if ad.expires_at_ms < now_ms - limits.CLOCK_SKEW_S * 1000:
         raise RemoteProtocolError(f"the ad of {ad.peer} expired {now_ms - ad.expires_at_ms} ms ago")
-    return ad
 
 
 def sign_lost(lost: Lost, signer: Signer) -> bytes:
@@ -181,9 +192,19 @@ def sign_lost(lost: Lost, signer: Signer) -> bytes:
 
 def read_lost(data: bytes, now_ms: int) -> tuple[str, Lost]:
     """Peer id of the witness, and what it saw; whether that witness may say so is the book's decision."""
+    witness, lost = open_lost(data)
+    check_lost_time(lost, now_ms)
+    return witness, lost
+
+
+def open_lost(data: bytes) -> tuple[str, Lost]:
+    """The part of ``read_lost`` that does not depend on the time."""
     envelope = open_envelope(Label.LOST, data)
-    lost = _LOST.decode(envelope.payload)
+    return envelope.signer, _LOST.decode(envelope.payload)
+
+
+def check_lost_time(lost: Lost, now_ms: int) -> None:
+    """Raises RemoteProtocolError for a notice that is too old or from the future."""
     age_ms = now_ms - lost.seen_at_ms
     if not -limits.CLOCK_SKEW_S * 1000 <= age_ms <= (limits.AD_LIFETIME_S + limits.CLOCK_SKEW_S) * 1000:
         raise RemoteProtocolError(f"a notice of loss that is {age_ms} ms old: too old, or from the future")
-    return envelope.signer, lost
