@@ -41,8 +41,10 @@ class BookStatistics:
 class BookKeeper:
     """Keeps the book of one node."""
 
-    def __init__(self, network: str, clock_ms: Callable[[], int] = now_ms) -> None:
+    def __init__(self, network: str, clock_ms: Callable[[], int] = now_ms, own_peer: str = "") -> None:
         self.book = Book(network)
+        self.own_peer = own_peer
+        self.refute: Callable[[], object] = lambda: None  # called when somebody says that we are gone
         self._clock_ms = clock_ms
         self._changed = trio.Event()
         self._seen: OrderedDict[bytes, Outcome] = OrderedDict()
@@ -70,7 +72,10 @@ class BookKeeper:
             return Outcome.REFUSED if known is Outcome.REFUSED else Outcome.STALE
         self._heard += 1
         try:
-            outcome = self._apply(self._read(envelope))
+            event = self._read(envelope)
+            outcome = self._apply(event)
+            if isinstance(event, LostHeard) and event.lost.peer == self.own_peer and outcome is Outcome.CHANGED:
+                self.refute()
         except RemoteProtocolError as error:
             outcome = Outcome.REFUSED
             log.debug("refused gossip: %s", error)
@@ -80,14 +85,10 @@ class BookKeeper:
             self._seen.popitem(last=False)
         return outcome
 
-    def saw_loss(self, peer: str) -> Lost | None:
-        """This node's own connection to ``peer`` ended. What a Coordinator should tell the others; None when the book had no such peer."""
+    def loss_of(self, peer: str) -> Lost | None:
+        """What a Coordinator that saw ``peer``'s connection end has to sign and spread; None when the book has no such peer."""
         entry = self.book.entries.get(peer)
-        if entry is None:
-            return None
-        lost = Lost(self.book.network, peer, entry.ad.sequence, self._clock_ms())
-        self._apply(LostHeard("", lost))
-        return lost
+        return None if entry is None else Lost(self.book.network, peer, entry.ad.sequence, self._clock_ms())
 
     async def run(self) -> None:
         """Lets entries expire; runs until cancelled."""
@@ -104,7 +105,7 @@ class BookKeeper:
                 witness, lost = read_lost(envelope, self._clock_ms())
             except SignatureError:
                 raise no_ad from None
-            return LostHeard(witness, lost)
+            return LostHeard(witness, lost, envelope)
 
     def _apply(self, event: Event) -> Outcome:
         self.book, outcome = apply(event, self.book, self._clock_ms())

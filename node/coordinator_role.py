@@ -18,14 +18,17 @@ from coordinator.server import CoordinatorServer, open_coordinator
 from node import AGENT
 from node.announce import AdsServer
 from node.bookkeeper import BookKeeper, now_ms
+from node.catchup import CatchUp
 from node.control import serve_control
-from node.datadir import DataDir
+from node.datadir import PEERS_FILE, DataDir
 from node.holder import Links
 from node.island import peers_json
+from node.net.discovery import Discovery
 from node.net.host import Host, PeerLost, open_host
 from node.ready import remove_ready, write_ready
 from node.signals import watch_signals
 from node.spread import Spreader
+from privacy.keys import NodeKey
 from protocol import limits
 from protocol.ads import sign_lost
 from protocol.book import Book
@@ -49,8 +52,8 @@ class CoordinatorRole:
 class NetworkPort:
     """``coordinator.ports.IslandPort`` over libp2p."""
 
-    def __init__(self, host: Host, keeper: BookKeeper, links: Links, spreader: Spreader, sign: Any) -> None:
-        self._host, self._keeper, self._links, self._spreader, self._sign = host, keeper, links, spreader, sign
+    def __init__(self, host: Host, keeper: BookKeeper, links: Links, spreader: Spreader, key: NodeKey) -> None:
+        self._host, self._keeper, self._links, self._spreader, self._key = host, keeper, links, spreader, key
 
     def book(self) -> Book:
         return self._keeper.book
@@ -73,10 +76,12 @@ class NetworkPort:
 
     def lost(self, peer: str) -> None:
         """Takes an Island out of the book and tells the network; it comes back by announcing itself anew."""
-        lost = self._keeper.saw_loss(peer)
+        lost = self._keeper.loss_of(peer)
         if lost is not None:
             log.info("Island %s is gone", peer)
-            self._spreader.publish_nowait(sign_lost(lost, self._sign))
+            notice = sign_lost(lost, self._key)
+            self._keeper.hear(notice)
+            self._spreader.publish_nowait(notice)
         self._links.drop(peer, "its connection ended")
 
 
@@ -112,6 +117,8 @@ class _Coordinator:
             nursery.start_soon(self._keeper.run)
             nursery.start_soon(self._spreader.run)
             nursery.start_soon(self._watch_peers, port)
+            nursery.start_soon(CatchUp(self._host, self._keeper, self._hello, self._rng).run)
+            await nursery.start(self._discovery().run)
             await nursery.start(serve_control, self._data, {"status": self.status, "peers": self.peers})
             salt = self._data.secret("salt")
             async with open_coordinator(
@@ -122,6 +129,17 @@ class _Coordinator:
                 remove_ready(self._role.ready_file)
                 await server.drain(limits.DRAIN_S)
             nursery.cancel_scope.cancel()
+
+    def _discovery(self) -> Discovery:
+        return Discovery(
+            self._host,
+            self._data.path / PEERS_FILE,
+            network=self._network,
+            role=NodeRole.COORDINATOR,
+            bootstrap=self._role.bootstrap,
+            mdns=self._role.mdns,
+            rng=self._rng,
+        )
 
     def _hello(self) -> Hello:
         expires_at_ms = now_ms() + int(limits.DELEGATION_LIFETIME_S * 1000)

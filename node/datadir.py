@@ -5,6 +5,7 @@
     identity.key   32-byte Ed25519 seed, mode 0600
     network.key    Coordinator only: the key that the network is named after
     salt.key       Coordinator only: secret behind the cache salts
+    peers.json     peers of the last run
     pins.json      what was learned at first contact: network, Coordinator's peer id by URL
 
 Everything is written to a temporary file and renamed, so a power cut leaves the old or the new, never half.
@@ -26,6 +27,7 @@ from privacy.keys import SEED_BYTES, NodeKey
 from protocol.errors import ConfigError
 
 FORMAT = 1
+PEERS_FILE = "peers.json"
 _PRIVATE_DIR, _PRIVATE_FILE = 0o700, 0o600
 
 

@@ -16,11 +16,14 @@ from node import AGENT
 from node.announce import AdsClient, AdSource, AdsServer, CoordinatorFinder, SignedAd
 from node.bookkeeper import BookKeeper, now_ms
 from node.cargos import CargoSettings, load_cargos
+from node.catchup import CatchUp
 from node.control import serve_control
-from node.datadir import DataDir
+from node.datadir import PEERS_FILE, DataDir
 from node.hardware import detect
 from node.jobs_served import JobServer, Terms, island_hello
+from node.net.discovery import Discovery
 from node.net.host import Host, open_host
+from node.net.mdns import FoundPeer
 from node.ready import remove_ready, write_ready
 from node.signals import watch_signals
 from node.spread import Spreader
@@ -29,7 +32,7 @@ from privacy.keys import NodeKey
 from protocol import limits
 from protocol.ads import AD_VERSION, Ad, CargoOffer, Gpu, Hardware, PathMeasure, sign_ad
 from protocol.errors import ArchipelagError
-from protocol.messages import ADS, ADS_PROTOCOL, JOB, JOB_PROTOCOL, Hello
+from protocol.messages import ADS, ADS_PROTOCOL, JOB, JOB_PROTOCOL, Hello, NodeRole
 from protocol.prices import Ask, format_credits
 from protocol.tickets import TicketGuard
 from runtimes.base import LoadedCargo
@@ -160,8 +163,30 @@ class _Island:
             log.info("this Island is %s; note: %s", self._key.peer_id, READ_WARNING)
             host = await stack.enter_async_context(open_host(self._key.seed, config.listen))
             finder = CoordinatorFinder(host, self._pins, config.coordinators, self._hello, config.ca_file)
-            await self._join(finder)
-            await _Service(self, host, finder, cargos).run()
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._discovery(host, finder).run)
+                await self._join(finder)
+                await _Service(self, host, finder, cargos).run()
+                nursery.cancel_scope.cancel()
+
+    def _discovery(self, host: Host, finder: CoordinatorFinder) -> Discovery:
+        config = self._config
+
+        def found(peer: FoundPeer) -> None:
+            """A Coordinator on the LAN is one to join only where none was named, or when it has to prove that it is of our network."""
+            if peer.role == NodeRole.COORDINATOR and (self._pins.network or not config.coordinators):
+                finder.learn([f"{address}/p2p/{peer.peer_id}" for address in peer.addresses])
+
+        return Discovery(
+            host,
+            self._data.path / PEERS_FILE,
+            network=self._pins.network,
+            role=NodeRole.ISLAND,
+            bootstrap=config.bootstrap,
+            mdns=config.mdns,
+            rng=self._rng,
+            found=found,
+        )
 
     def _hello(self) -> Hello:
         return island_hello(self._pins.network, AGENT)
@@ -192,7 +217,8 @@ class _Service:
         fixed = _Fixed(key, island._boot, network, detect(island._data.path, config.gpus))
         self._maker = AdMaker(fixed, config, host, self._terms)
         self._ads = AdSource(self._maker)
-        self._keeper = BookKeeper(network)
+        self._keeper = BookKeeper(network, own_peer=key.peer_id)
+        self._keeper.refute = self._ads.fresh
         self._guard = TicketGuard(key.peer_id, island._boot, network)
         self._jobs = JobServer(key, self._guard, network, self._terms, island._hello)
         self._spreader = Spreader(host, network, self._keeper)
@@ -206,6 +232,7 @@ class _Service:
             nursery.start_soon(self._keeper.run)
             nursery.start_soon(self._spreader.run)
             nursery.start_soon(self._client.run)
+            nursery.start_soon(CatchUp(self._host, self._keeper, self._island._hello, self._island._rng).run)
             nursery.start_soon(self._refresh_ads)
             nursery.start_soon(self._spread_ads)
             for terms in self._terms.values():

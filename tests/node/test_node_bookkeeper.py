@@ -80,11 +80,25 @@ def test_a_loss_stays_until_the_island_speaks_again() -> None:
     keeper = BookKeeper(NET, clock)
     old = sign_ad(_ad(NOW - 10), ISLAND)
     keeper.hear(sign_ad(_ad(), ISLAND))
-    lost = keeper.saw_loss(ISLAND.peer_id)
-    assert lost == Lost(NET, ISLAND.peer_id, NOW, NOW) and not keeper.book.entries
+    keeper.trust(COORDINATOR.peer_id)
+    lost = keeper.loss_of(ISLAND.peer_id)
+    assert lost == Lost(NET, ISLAND.peer_id, NOW, NOW)
+    assert keeper.hear(sign_lost(lost, COORDINATOR)) is Outcome.CHANGED and not keeper.book.entries
     assert keeper.hear(old) is Outcome.STALE and not keeper.book.entries, "stale gossip brings nobody back"
-    assert keeper.saw_loss(ISLAND.peer_id) is None
+    assert keeper.loss_of(ISLAND.peer_id) is None
     assert keeper.hear(sign_ad(_ad(NOW + 1), ISLAND)) is Outcome.CHANGED and ISLAND.peer_id in keeper.book.entries
+
+
+def test_an_island_that_is_called_dead_speaks_up() -> None:
+    keeper = BookKeeper(NET, Clock(), own_peer=ISLAND.peer_id)
+    keeper.trust(COORDINATOR.peer_id)
+    spoke: list[int] = []
+    keeper.refute = lambda: spoke.append(1)
+    keeper.hear(sign_ad(_ad(), ISLAND))
+    keeper.hear(sign_lost(Lost(NET, ISLAND.peer_id, NOW - 1, NOW), COORDINATOR))
+    assert not spoke, "an older ad of ours is gone, we know"
+    keeper.hear(sign_lost(Lost(NET, ISLAND.peer_id, NOW, NOW), COORDINATOR))
+    assert spoke == [1]
 
 
 def test_only_coordinators_may_call_somebody_lost() -> None:
