@@ -44,6 +44,7 @@ class FrameStream:
         self._have = 0  # bytes from there to the end of the last
         self._lengths: tuple[int, int] | None = None
         self._unyielded = 0
+        self._refused = False
 
     def __repr__(self) -> str:
         return f"<FrameStream {self.protocol_id or self._registry.name} to {self.remote_peer}, {self._stream!r}>"
@@ -83,16 +84,22 @@ class FrameStream:
         else:
             await trio.lowlevel.checkpoint_if_cancelled()
         while True:
-            try:
-                message = self._next_message()
-            except RemoteProtocolError:
-                self._counters.frames_refused += 1
-                self.abort()
-                raise
+            message = self._next_or_refuse()
             if message is not _INCOMPLETE:
                 self._counters.frames_received += 1
                 return message
             await self._fill()
+
+    def _next_or_refuse(self) -> Any:
+        if self._refused:
+            raise LinkLost(f"the stream to {self.remote_peer} was reset after a bad frame")
+        try:
+            return self._next_message()
+        except RemoteProtocolError:
+            self._refused = True
+            self._counters.frames_refused += 1
+            self.abort()
+            raise
 
     async def aclose(self) -> None:
         """Ends the stream in order: what was sent arrives, and the peer then reads the end. Never fails."""

@@ -32,6 +32,7 @@ from libp2p.pubsub.pubsub import Pubsub
 from libp2p.tools.anyio_service import background_trio_service
 
 from node.net.host import Host
+from node.net.oneline import one_line
 from protocol import limits
 from protocol.errors import LocalProtocolError
 
@@ -100,7 +101,7 @@ class Gossip:
                         task_status.started()
                     await pubsub.manager.wait_finished()
             except Exception as error:  # a bug in libp2p's service must not take the node along
-                log.warning("gossip on %s ended and is started again: %s", self.topic, _first_line(error))
+                log.warning("gossip on %s ended and is started again: %s", self.topic, one_line(error))
             self.counters.restarts += 1
             await trio.sleep(_RESTART_S)
 
@@ -149,7 +150,7 @@ class Gossip:
 
     def failed(self, peer: ID, error: Exception) -> None:
         self.counters.errors += 1
-        log.warning("gossip from %s: %s", peer, _first_line(error))
+        log.warning("gossip from %s: %s", peer, one_line(error))
 
 
 class _Router(GossipSub):
@@ -205,9 +206,3 @@ class _CagedPubsub(Pubsub):
     def greet(self, peers: Iterable[ID]) -> None:
         for peer in list(peers):
             self.manager.run_task(self._handle_new_peer_with_retry, peer)
-
-
-def _first_line(error: BaseException) -> str:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return f"{type(error).__name__}: {str(error)[:200]}".replace("\n", " ")

@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import math
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -50,6 +50,7 @@ from node.net.counters import NetCounters
 from node.net.fast_noise import FastNoise
 from node.net.fast_yamux import FastStream, FastYamux
 from node.net.frames import FrameStream
+from node.net.oneline import leaves, one_line
 from protocol import checks, limits
 from protocol.errors import ConfigError, LinkLost, LocalProtocolError, RemoteProtocolError
 from protocol.registry import Registry
@@ -223,7 +224,7 @@ class Host:
                 await self._swarm.dial_addr(Multiaddr(f"{address}/p2p/{peer_id}"), ID.from_base58(peer_id))
                 nursery.cancel_scope.cancel()
             except Exception as error:  # the swarm lets errors of every layer through
-                failures.append(f"{address}: {_innermost(error)}")
+                failures.append(f"{address}: {one_line(error)}")
             finally:
                 over.set()
 
@@ -289,10 +290,9 @@ class Host:
             await handler(frames)
             await frames.aclose()
         except Exception as error:
-            leaves = list(_leaves(error))
-            if not all(isinstance(leaf, LinkLost) for leaf in leaves):
+            if not all(isinstance(leaf, LinkLost) for leaf in leaves(error)):
                 self.counters.handler_errors += 1
-                log.warning("%s from %s: %s: %s", protocol_id, frames.remote_peer, type(leaves[0]).__name__, leaves[0])
+                log.warning("%s from %s: %s", protocol_id, frames.remote_peer, one_line(error))
         finally:
             if not stream.send_closed:
                 frames.abort()
@@ -309,14 +309,14 @@ class Host:
             net_stream.set_protocol(protocol_id)
         except Exception as error:
             self.counters.streams_refused += 1
-            log.debug("stream from %s refused: %s", stream.connection.peer_id, _innermost(error))
+            log.debug("stream from %s refused: %s", stream.connection.peer_id, one_line(error))
             stream.reset_nowait()
             return
         try:
             await handler(net_stream)
         except Exception as error:
             self.counters.handler_errors += 1
-            log.warning("%s from %s: %s", protocol_id, stream.connection.peer_id, _innermost(error))
+            log.warning("%s from %s: %s", protocol_id, stream.connection.peer_id, one_line(error))
             stream.reset_nowait()
 
     # -- events
@@ -483,19 +483,3 @@ async def _negotiate(stream: FastStream, protocol_id: str) -> None:
     answer = await workarounds.read_short_line(stream)
     if header != _MULTISTREAM or answer != wanted:
         raise RemoteProtocolError(f"{stream.connection.peer_id} does not speak {protocol_id}")
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error
-
-
-def _innermost(error: BaseException) -> str:
-    """The last cause of an error, as one short line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    first = next(_leaves(error))
-    return f"{type(first).__name__}: {str(first)[:200]}".replace("\n", " ")

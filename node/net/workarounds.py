@@ -34,6 +34,7 @@ from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
 from node.net.fast_noise import NoiseSession
 from node.net.fast_yamux import FastYamux
+from node.net.oneline import one_line
 from protocol.errors import ConfigError
 
 VERSION = "0.8.1"
@@ -71,7 +72,7 @@ async def _handle_inbound(self: Any, stream: Any, listen_address: Any, failure_e
         await raw.close()
         refused = getattr(self, "on_inbound_refused", None)
         if refused is not None:
-            refused(f"{type(error).__name__}: {error}")
+            refused(one_line(error))
         return
     await connection.event_closed.wait()
 
