@@ -4,6 +4,8 @@ Runs on the system's Python with its standard library only. Everything that is m
 long step shows that it lives; a second run finds the stamp and does nothing.
 """
 
+from __future__ import annotations
+
 import argparse
 import configparser
 import hashlib
@@ -22,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON_MIN = (3, 11)
 TICK_S = 10.0
+EXTRAS = "options.extras_require"
 LEVELS = {"core": ["gguf"], "test": ["gguf", "test"]}
 GPU_BUILDS = {
     # kind: (flags for llama.cpp, a program that its toolkit brings, how to get it)
@@ -33,11 +36,30 @@ GPU_BUILDS = {
 TEST_PROGRAMS = {"git": "git", "curl": "curl"}
 INSTALLERS = {
     # what is missing: the packages that bring it, by package manager
-    "compiler": {"apt-get": "build-essential", "dnf": "gcc gcc-c++", "pacman": "gcc", "apk": "build-base", "brew": "gcc"},
-    "headers": {"apt-get": "python{v}-dev", "dnf": "python{v}-devel", "pacman": "python", "apk": "python3-dev", "brew": "python@{v}"},
-    "venv": {"apt-get": "python{v}-venv", "dnf": "python{v}", "pacman": "python", "apk": "python3", "brew": "python@{v}"},
+    "compiler": {
+        "apt-get": "build-essential",
+        "dnf": "gcc gcc-c++",
+        "pacman": "gcc",
+        "apk": "build-base",
+        "brew": "gcc",
+    },
+    "headers": {
+        "apt-get": "python{v}-dev",
+        "dnf": "python{v}-devel",
+        "pacman": "python",
+        "apk": "python3-dev",
+        "brew": "python@{v}",
+    },
+    "venv": {
+        "apt-get": "python{v}-venv",
+        "dnf": "python{v}",
+        "pacman": "python",
+        "apk": "python3",
+        "brew": "python@{v}",
+    },
     "gmp": {"apt-get": "libgmp-dev", "dnf": "gmp-devel", "pacman": "gmp", "apk": "gmp-dev", "brew": "gmp"},
 }
+COMPILE_NOTE = " llama.cpp is compiled for this machine, once: about 5 minutes on 2 cores."
 INSTALL_VERB = {"apt-get": "install -y", "dnf": "install -y", "pacman": "-S", "apk": "add", "brew": "install"}
 
 
@@ -45,7 +67,7 @@ class SetupError(Exception):
     """Something is missing; the text says what brings it."""
 
 
-def main(arguments):
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Make Archipelag's virtual environments.")
     parser.add_argument("level", choices=["core", "test", "bench"])
     parser.add_argument("--gpu", default="", help="cuda, vulkan or metal; cpu to go back; empty: as it was")
@@ -66,46 +88,46 @@ def main(arguments):
 # Checks: each returns a list of sentences, one for each thing that is missing
 
 
-def check_python(version, executable):
-    if tuple(version) < PYTHON_MIN:
+def check_python(version: tuple[int, int], executable: str) -> None:
+    if version < PYTHON_MIN:
         found, needed = ".".join(map(str, version)), ".".join(map(str, PYTHON_MIN))
         raise SetupError(
             f"Python {needed} or newer is needed, {executable} is {found}. Install one, then say which: make setup PYTHON=python{needed}"
         )
 
 
-def missing_tools():
+def missing_tools() -> list[str]:
     """What the first install cannot do without: to make an environment, and to compile the packages that come as source."""
     missing = []
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         missing.append("Python's venv module is missing. " + advice("venv"))
-    compilers = [find_compiler("CC", "cc", "gcc", "clang"), find_compiler("CXX", "c++", "g++", "clang++")]
-    if None in compilers:
+    c_compiler = find_compiler("CC", "cc", "gcc", "clang")
+    if c_compiler is None or find_compiler("CXX", "c++", "g++", "clang++") is None:
         missing.append("A C and C++ compiler is missing (llama.cpp is compiled here). " + advice("compiler"))
         return missing
     include = Path(sysconfig.get_path("include"))
     if not (include / "Python.h").is_file():
         missing.append(f"Python's headers are missing ({include}/Python.h). " + advice("headers"))
-    if not compiles(compilers[0], "#include <gmp.h>"):
+    if not compiles(c_compiler, "#include <gmp.h>"):
         missing.append("The headers of GMP are missing (gmp.h; libp2p's fastecdsa needs them). " + advice("gmp"))
     return missing
 
 
-def missing_for_gpu(gpu):
+def missing_for_gpu(gpu: str) -> list[str]:
     if gpu not in GPU_BUILDS:
         return [f"GPU={gpu} is not known. Possible are: {', '.join(GPU_BUILDS)}, cpu."]
     _, program, bringer = GPU_BUILDS[gpu]
     return [] if shutil.which(program) else [f"GPU={gpu} needs {program}, which is missing. Install {bringer}."]
 
 
-def find_compiler(variable, *names):
+def find_compiler(variable: str, *names: str) -> str | None:
     """The user's choice in CC or CXX counts; it may carry arguments."""
     chosen = os.environ.get(variable)
     candidates = [shlex.split(chosen)[0]] if chosen else list(names)
     return next((path for path in map(shutil.which, candidates) if path), None)
 
 
-def compiles(compiler, source):
+def compiles(compiler: str, source: str) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "probe.c"
         file.write_text(source + "\n")
@@ -113,7 +135,7 @@ def compiles(compiler, source):
         return subprocess.run([compiler, *flags, "-E", str(file)], capture_output=True, check=False).returncode == 0
 
 
-def advice(what):
+def advice(what: str) -> str:
     """The command that brings it, for this machine's package manager."""
     version = ".".join(map(str, sys.version_info[:2]))
     for manager, packages in INSTALLERS[what].items():
@@ -126,19 +148,21 @@ def advice(what):
 # Environments
 
 
-def make_main(level, gpu, venv):
+def make_main(level: str, gpu: str, venv: Path) -> None:
     """`.venv` with this project in it, editable, and its extras. What an earlier run brought (extras, GPU build) stays."""
     stamp_path = venv / "archipelag-setup.json"
     stamp = read_stamp(stamp_path)
     level = "test" if stamp.get("level") == "test" else level
     gpu = gpu or stamp.get("gpu", "cpu")
-    wanted = {"level": level, "gpu": gpu, "digest": digest()}
+    wanted = {"level": level, "gpu": gpu, "digest": digest(LEVELS[level])}
     if stamp != wanted or not python_of(venv).exists():
-        problems = [] if os.environ.get("SKIP_CHECKS") else missing_tools() + (missing_for_gpu(gpu) if gpu != "cpu" else [])
+        problems = (
+            [] if os.environ.get("SKIP_CHECKS") else missing_tools() + (missing_for_gpu(gpu) if gpu != "cpu" else [])
+        )
         if problems:
             raise SetupError("\n       ".join(["something is missing:", *problems]))
         make_venv(venv)
-        print("Installing Archipelag and what it needs. llama.cpp is compiled here once: about 5 minutes on 2 cores.", flush=True)
+        print("Installing Archipelag and what it needs." + ("" if has_llama(venv) else COMPILE_NOTE), flush=True)
         target = f"{ROOT}[{','.join(LEVELS[level])}]"
         pip_install(venv, ["--editable", target], {})
         if gpu != stamp.get("gpu", "cpu"):
@@ -149,34 +173,40 @@ def make_main(level, gpu, venv):
         check_test_programs()
 
 
-def build_llama(venv, gpu):
+def has_llama(venv: Path) -> bool:
+    return any(venv.glob("lib/python*/site-packages/llama_cpp/__init__.py"))
+
+
+def build_llama(venv: Path, gpu: str) -> None:
     """Compile llama.cpp again for a GPU (or back for the CPU). pip's cache is left out: it does not tell builds apart."""
-    requirement = next(line for line in requirements("gguf") if line.startswith("llama-cpp-python"))
+    requirement = next(line for line in requirements(EXTRAS, "gguf") if line.startswith("llama-cpp-python"))
     flags = GPU_BUILDS[gpu][0] if gpu in GPU_BUILDS else ""
     arguments = ["--force-reinstall", "--no-deps", "--no-cache-dir", "--no-binary=llama-cpp-python", requirement]
     print(f"Compiling llama.cpp for GPU={gpu}. With a GPU this takes 10 minutes and more.", flush=True)
     pip_install(venv, arguments, {"CMAKE_ARGS": f"{os.environ.get('CMAKE_ARGS', '')} {flags}".strip()})
 
 
-def make_bench(venv):
+def make_bench(venv: Path) -> None:
     """`.venv-bench`: the servers that the benchmark compares with. They would pull other versions into `.venv`."""
     stamp_path = venv / "archipelag-setup.json"
-    wanted = {"level": "bench", "digest": digest()}
+    wanted = {"level": "bench", "digest": digest(["bench"])}
     if read_stamp(stamp_path) == wanted and python_of(venv).exists():
         return
     make_venv(venv)
     print("Installing the servers to compare with (LiteLLM's proxy, llama_cpp.server).", flush=True)
-    pip_install(venv, requirements("bench"), {})
+    pip_install(venv, requirements(EXTRAS, "bench"), {})
     stamp_path.write_text(json.dumps(wanted))
 
 
-def check_test_programs():
+def check_test_programs() -> None:
     missing = {program: package for program, package in TEST_PROGRAMS.items() if shutil.which(program) is None}
     if not missing:
         return
     continuous = os.environ.get("CI") == "true"
     if continuous and shutil.which("apt-get") and os.geteuid() == 0:
-        run_ticking(["apt-get", "install", "-y", "--no-install-recommends", *missing.values()], ROOT / ".venv" / "apt.log", {})
+        run_ticking(
+            ["apt-get", "install", "-y", "--no-install-recommends", *missing.values()], ROOT / ".venv" / "apt.log", {}
+        )
         return
     text = f"tests need {', '.join(missing)}. Debian: apt-get install {' '.join(missing.values())}"
     if continuous:
@@ -184,7 +214,7 @@ def check_test_programs():
     print(f"setup: {text}\n       Tests that need them will be skipped.", file=sys.stderr)
 
 
-def make_venv(venv):
+def make_venv(venv: Path) -> None:
     if works(python_of(venv)):
         return
     print(f"Making {venv.name} with Python {'.'.join(map(str, sys.version_info[:3]))}.", flush=True)
@@ -193,24 +223,29 @@ def make_venv(venv):
         raise SetupError("the virtual environment could not be made; what Python said stands above. " + advice("venv"))
 
 
-def works(python):
+def works(python: Path) -> bool:
     if not python.exists():
         return False
     probe = f"import sys, pip; sys.exit(sys.version_info < {PYTHON_MIN})"
     return subprocess.run([str(python), "-c", probe], capture_output=True, check=False).returncode == 0
 
 
-def pip_install(venv, arguments, environment):
+def pip_install(venv: Path, arguments: list[str], environment: dict[str, str]) -> None:
     command = [str(python_of(venv)), "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *arguments]
     run_ticking(command, venv / "setup.log", environment)
 
 
-def run_ticking(command, log, environment):
+def run_ticking(command: list[str], log: Path, environment: dict[str, str]) -> None:
     """Run a long step with its output in ``log``; say every few seconds that it lives and what it is at."""
     began = time.monotonic()
     with open(log, "wb") as file:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment}, cwd=ROOT
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            cwd=ROOT,
         )
         try:
             while not ended_within(process, TICK_S):
@@ -224,7 +259,7 @@ def run_ticking(command, log, environment):
         raise SetupError(f"`{shlex.join(command)}` failed. The end of {log}:\n{tail}")
 
 
-def ended_within(process, seconds):
+def ended_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -232,37 +267,42 @@ def ended_within(process, seconds):
     return True
 
 
-def last_line(log):
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def last_line(log: Path) -> str:
+    text = log.read_text(errors="replace").splitlines()
+    lines = [line.strip() for line in text if line.strip() and not line.startswith("WARNING")]
     return lines[-1][:90] if lines else "starting"
 
 
-def clock(seconds):
+def clock(seconds: float) -> str:
     return f"{int(seconds) // 60:2d}:{int(seconds) % 60:02d}"
 
 
-def python_of(venv):
+def python_of(venv: Path) -> Path:
     return venv / "bin" / "python"
 
 
-def requirements(extra):
+def requirements(section: str, key: str) -> list[str]:
+    """The lines of a list in setup.cfg."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    lines = config["options.extras_require"][extra].splitlines()
+    lines = config[section][key].splitlines()
     return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
 
 
-def digest():
-    """Changes when the dependencies or the Python do."""
-    facts = (ROOT / "setup.cfg").read_bytes() + str(sys.version_info[:3]).encode() + str(ROOT).encode()
-    return hashlib.sha256(facts).hexdigest()
+def digest(extras: list[str]) -> str:
+    """Changes when the dependencies, the Python or the place do."""
+    lists = [requirements("options", "install_requires"), *(requirements(EXTRAS, extra) for extra in extras)]
+    commands = requirements("options.entry_points", "console_scripts")
+    facts = [lists, commands, list(sys.version_info[:3]), str(ROOT)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def read_stamp(path):
+def read_stamp(path: Path) -> dict[str, str]:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 if __name__ == "__main__":
