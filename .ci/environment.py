@@ -82,6 +82,9 @@ def main(arguments: list[str]) -> int:
     except SetupError as error:
         print(f"\nsetup: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nsetup: interrupted; run it again to go on.", file=sys.stderr)
+        return 130
     return 0
 
 
