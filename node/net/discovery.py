@@ -99,7 +99,11 @@ class PeerBook:
     def from_json(cls, data: bytes) -> PeerBook:
         """Raises ValueError for a file that is no peer book; a bad entry in a good file is left out."""
         content = json.loads(data)
-        if not isinstance(content, dict) or content.get("format") != _FORMAT or not isinstance(content.get("peers"), list):
+        if (
+            not isinstance(content, dict)
+            or content.get("format") != _FORMAT
+            or not isinstance(content.get("peers"), list)
+        ):
             raise ValueError(f"it is no list of peers in format {_FORMAT}")
         return cls(peer for entry in content["peers"] if (peer := _known_peer(entry)) is not None)
 

@@ -20,6 +20,8 @@ from protocol.framing import PREFIX_BYTES, encode_frame, parse_prefix
 from protocol.registry import Registry
 
 _YIELD_EVERY = 64  # messages handed out without letting another task run
+_MERGE_BELOW_BYTES = 512
+_MERGED_BYTES_MAX = 64 * 1024
 
 
 class StreamEnded(LinkLost):
@@ -119,8 +121,19 @@ class FrameStream:
             raise StreamEnded(f"{self.remote_peer} ended the stream") from None
         except MuxedStreamError as error:
             raise LinkLost(f"receiving from {self.remote_peer}: {error}") from error
-        self._chunks.extend(chunks)
+        for chunk in chunks:
+            self._keep(chunk)
         self._have += sum(map(len, chunks))
+
+    def _keep(self, chunk: Piece) -> None:
+        """Small chunks behind others are merged, so that a body that drips in costs no more memory than its bytes."""
+        last = self._chunks[-1] if self._chunks else None
+        if last is None or len(chunk) >= _MERGE_BELOW_BYTES:
+            self._chunks.append(chunk)
+        elif type(last) is bytearray and len(last) < _MERGED_BYTES_MAX:
+            last += chunk
+        else:
+            self._chunks.append(bytearray(chunk))
 
     def _next_message(self) -> Any:
         if self._lengths is None:

@@ -88,7 +88,11 @@ class Gossip:
         return [str(peer) for peer in router.mesh.get(self.topic, ())] if isinstance(router, GossipSub) else []
 
     def statistics_json(self) -> dict[str, Any]:
-        return {**asdict(self.counters), "mesh": len(self.mesh()), "waiting": self.received.statistics().current_buffer_used}
+        return {
+            **asdict(self.counters),
+            "mesh": len(self.mesh()),
+            "waiting": self.received.statistics().current_buffer_used,
+        }
 
     async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         """Runs until cancelled; ``nursery.start`` returns when the topic is joined."""
