@@ -162,7 +162,9 @@ class _Island:
             cargos = await load_cargos(config.cargos, stack)
             log.info("this Island is %s; note: %s", self._key.peer_id, READ_WARNING)
             host = await stack.enter_async_context(open_host(self._key.seed, config.listen))
-            finder = CoordinatorFinder(host, self._pins, config.coordinators, self._hello, config.ca_file)
+            finder = CoordinatorFinder(
+                host, self._pins, (*config.coordinators, *config.bootstrap), self._hello, config.ca_file
+            )
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._discovery(host, finder).run)
                 await self._join(finder)

@@ -82,20 +82,25 @@ class Pins:
         self._data.write_json(PINS_FILE, self._values)
 
 
+def check_address(address: str) -> None:
+    """Raises ConfigError when an address is neither a multiaddr with a peer id nor an HTTP URL."""
+    if address.startswith("/"):
+        if not address.rpartition("/p2p/")[0] or not address.rpartition("/p2p/")[2]:
+            raise ConfigError(
+                f"{address} has no /p2p/PEER_ID at its end; take the whole address that the Coordinator prints"
+            )
+    elif not address.startswith(("http://", "https://")) or not urlsplit(address).hostname:
+        raise ConfigError(f"{address!r} is neither a multiaddr (/ip4/…/p2p/…) nor an http(s):// URL")
+
+
 async def resolve_coordinator(address: str, pins: Pins, ca_file: str | None = None) -> CoordinatorAddress:
     """Takes a multiaddr with a peer id, or the Coordinator's HTTP URL.
 
     Raises ConfigError when the address can never work, OSError when nobody answers there now.
     """
+    check_address(address)
     if address.startswith("/"):
-        peer = address.rpartition("/p2p/")[2]
-        if "/p2p/" not in address or not peer:
-            raise ConfigError(
-                f"{address} has no /p2p/PEER_ID at its end; take the whole address that the Coordinator prints"
-            )
-        return CoordinatorAddress(peer, (address,))
-    if not address.startswith(("http://", "https://")):
-        raise ConfigError(f"{address!r} is neither a multiaddr (/ip4/…/p2p/…) nor an http(s):// URL")
+        return CoordinatorAddress(address.rpartition("/p2p/")[2], (address,))
     facts, ip = await trio.to_thread.run_sync(_fetch_facts, address.rstrip("/"), ca_file, abandon_on_cancel=True)
     try:
         peer, addresses = str(facts["peer_id"]), tuple(str(a) for a in facts["addresses"])

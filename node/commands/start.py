@@ -94,6 +94,12 @@ def run(arguments: argparse.Namespace) -> int:
     if settings.threads is not None and settings.threads < 1:
         raise ConfigError("--threads must be at least 1")
     from node.cargos import CargoSettings
+    from node.trust import check_address
+
+    for address in settings.coordinator:
+        check_address(address)
+    if settings.no_mdns and not (settings.coordinator or settings.bootstrap):
+        raise ConfigError("without mDNS a Coordinator has to be named: --coordinator URL")
     from node.island import IslandConfig, run_island
 
     cargos = CargoSettings(
