@@ -33,6 +33,12 @@ class TwoIslands:
         self.nodes = [network.start_island(name, "--cargo", MODEL, "--threads", "1") for name in ("one", "two")]
         self.by_peer = {node.wait_ready()["peer_id"]: node for node in self.nodes}
 
+    def takeovers(self) -> float:
+        """How often an Island went on with another's answer, as the Coordinator counts it."""
+        with urllib.request.urlopen(self.network.url + "/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith("archipelag_takeovers_mid_stream_total "))
+
     def ask(
         self, during: Callable[[str, int], None] = lambda island, tokens: None, **more: Any
     ) -> tuple[str, dict[str, Any]]:
@@ -82,6 +88,7 @@ def gone(pid: int) -> bool:
 def test_a_killed_worker_is_replaced_in_the_middle_of_an_answer(islands: TwoIslands) -> None:
     undisturbed, _ = islands.ask(temperature=0)
     killed: list[int] = []
+    before = islands.takeovers()
 
     def kill_worker(island: str, events: int) -> None:
         if events == 8 and not killed:
@@ -90,6 +97,7 @@ def test_a_killed_worker_is_replaced_in_the_middle_of_an_answer(islands: TwoIsla
 
     text, last = islands.ask(kill_worker, temperature=0)
     assert killed and text == undisturbed
+    assert islands.takeovers() == before + 1, "the rest came from the other Island"
     assert last["usage"]["completion_tokens"] == 60
     assert all(node.running for node in islands.nodes), "a worker's crash does not hurt its node"
 
@@ -101,6 +109,7 @@ def test_a_killed_island_is_replaced_in_the_middle_of_an_answer(islands: TwoIsla
             node.restart()
     undisturbed, _ = islands.ask(**sampling)
     orphans: list[int] = []
+    before = islands.takeovers()
 
     def kill_island(island: str, events: int) -> None:
         node = islands.by_peer[island]
@@ -110,6 +119,7 @@ def test_a_killed_island_is_replaced_in_the_middle_of_an_answer(islands: TwoIsla
 
     text, last = islands.ask(kill_island, **sampling)
     assert orphans and text == undisturbed
+    assert islands.takeovers() == before + 1, "the rest came from the other Island"
     assert last["usage"]["completion_tokens"] == 60
     deadline = time.monotonic() + 5
     while not all(map(gone, orphans)):
