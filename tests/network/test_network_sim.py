@@ -141,7 +141,7 @@ def test_replayed_gossip_is_not_passed_on() -> None:
     network = Simulator(Config(60, 4, catchup=False))
     island = network.islands()[0]
     network.set_price(island, 1)
-    network.run_for(sim.limits.GOSSIP_SEEN_S + 2)  # nobody remembers the message id
+    network.run_for(limits.GOSSIP_SEEN_S + 2)  # nobody remembers the message id
     network.set_price(island, 2)
     network.run_for(3)
     before = network.statistics.full_messages
@@ -214,7 +214,7 @@ def test_a_short_cut_is_not_a_death() -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_churn(seed: int) -> None:
-    """Every second somebody dies and somebody comes, for two minutes: no book keeps a dead Island past the limit, none misses an old one."""
+    """Each second one dies and one comes, for two minutes: no book keeps a dead Island past the limit, none misses an old one."""
     network = Simulator(Config(60, seed))
     died_s: dict[str, float] = {}
     came_s: dict[str, float] = {node.peer: -100.0 for node in network.islands()}

@@ -1,0 +1,482 @@
+"""Writes specs/vectors/*.json anew: ``python -m tests.protocol.make_vectors``.
+
+Keys come from fixed seeds, Ed25519 has no randomness and times are constants, so the files never change unless the protocol does; a
+test says when they are not what this program would write. Bytes stand in them as lower-case hex.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from protocol import ads, limits, messages, receipts, tickets
+from protocol.envelope import Label, seal
+from protocol.framing import encode_frame
+from protocol.generation import GENERATION, pack_tokens
+from protocol.prices import Ask
+from tests.protocol import samples
+from tests.protocol.samples import BOOT_MS, COORDINATOR, HOLDER, ISLAND, NETWORK, NETWORK_KEY, NOW_MS, OTHER
+
+FOLDER = Path(__file__).parents[2] / "specs" / "vectors"
+SKEW_MS = int(limits.CLOCK_SKEW_S * 1000)
+LIFETIME_MS = int(limits.AD_LIFETIME_S * 1000)
+Vector = dict[str, Any]
+
+
+def plain(value: Any) -> Any:
+    """A message as JSON: dataclasses by field name, bytes as hex."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Enum) else value
+
+
+def repacked(envelope: bytes, place: int, value: object) -> bytes:
+    """The envelope with one of its four parts replaced and the signature left as it was."""
+    parts = msgpack.unpackb(envelope)
+    parts[place] = value
+    packed = msgpack.packb(parts)
+    assert isinstance(packed, bytes)
+    return packed
+
+
+def keys() -> list[Vector]:
+    out = []
+    for name, key in (
+        ("network", NETWORK_KEY),
+        ("coordinator", COORDINATOR),
+        ("island", ISLAND),
+        ("holder", HOLDER),
+        ("other", OTHER),
+    ):
+        public = key.public_key
+        ids = {"peer_id": key.peer_id, "network_id": tickets.network_id_of(public)}
+        out.append({"name": name, "seed": key.seed.hex(), "public_key": public.hex(), **ids})
+    return out
+
+
+def frames() -> list[Vector]:
+    out: list[Vector] = []
+    for registry, said in ((messages.JOB, samples.JOB_MESSAGES), (messages.ADS, samples.ADS_MESSAGES)):
+        for message in said:
+            kind = type(message).__name__
+            data = encode_frame(registry, message).hex()
+            out.append(
+                {
+                    "name": f"{registry.name} {kind}",
+                    "registry": registry.name,
+                    "frame": data,
+                    "expect": "ok",
+                    "message": kind,
+                }
+                | {"fields": plain(message)}
+            )
+    good = encode_frame(messages.JOB, messages.JobCancel(1))
+    out.append({"name": "cut in the prefix", "registry": "job", "frame": good[:7].hex(), "expect": "incomplete"})
+    out.append({"name": "cut in the header", "registry": "job", "frame": good[:-1].hex(), "expect": "incomplete"})
+    whole = _frame(b"\x93\x02\x01\xc4\x01t", b"xy")
+    out.append({"name": "cut in the body", "registry": "job", "frame": whole[:-1].hex(), "expect": "incomplete"})
+    bad = {
+        "empty header": struct.pack(">II", 0, 0),
+        "header over the limit": struct.pack(">II", limits.FRAME_HEADER_BYTES_MAX + 1, 0),
+        "body over the limit": struct.pack(">II", 1, limits.FRAME_BODY_BYTES_MAX + 1),
+        "header is no array": _frame(b"\x01"),
+        "header is a map": _frame(b"\x81\x01\x02"),
+        "header is an extension": _frame(b"\xd4\x05\x00"),
+        "header is an empty array": _frame(b"\x90"),
+        "trailing byte in the header": _frame(b"\x92\x07\x01\xc0"),
+        "unknown number": _frame(msgpack.packb([8, 1])),
+        "number zero": _frame(msgpack.packb([0, 1])),
+        "number is a bool": _frame(msgpack.packb([True, 1])),
+        "number is a float": _frame(msgpack.packb([7.0, 1])),
+        "field missing": _frame(msgpack.packb([7])),
+        "field too many": _frame(msgpack.packb([7, 1, 2])),
+        "bool for int": _frame(msgpack.packb([7, True])),
+        "float for int": _frame(msgpack.packb([7, 1.0])),
+        "text for bytes": _frame(msgpack.packb([2, 1, "ticket"])),
+        "bytes for text": _frame(msgpack.packb([6, 1, b"internal", ""])),
+        "text is no UTF-8": _frame(b"\x94\x06\x01\xa8internal\xa1\xff"),
+        "unknown code": _frame(msgpack.packb([6, 1, "out_of_luck", ""])),
+        "job number zero": _frame(msgpack.packb([7, 0])),
+        "job number negative": _frame(msgpack.packb([7, -1])),
+        "body where none belongs": _frame(msgpack.packb([7, 1]), b"x"),
+        "chunk without tokens": _frame(msgpack.packb([4, 1, 0, "", b""])),
+        "chunk with half a token": _frame(msgpack.packb([4, 1, 0, "", b""]), b"123456"),
+        "nested without end": _frame(b"\x91" * 5000),
+        "array longer than its bytes": _frame(b"\xdd\xff\xff\xff\xff"),
+        "text longer than its bytes": _frame(b"\x94\x06\x01\xa8internal\xdb\xff\xff\xff\xff"),
+    }
+    return out + [
+        {"name": name, "registry": "job", "frame": data.hex(), "expect": "refused"} for name, data in bad.items()
+    ]
+
+
+def _frame(header: bytes, body: bytes = b"") -> bytes:
+    return struct.pack(">II", len(header), len(body)) + header + body
+
+
+def envelopes() -> list[Vector]:
+    payload = b"what is said"
+    data = seal(Label.TICKET, payload, COORDINATOR)
+    signature = msgpack.unpackb(data)[3]
+    out: list[Vector] = [
+        {"name": str(label), "label": str(label), "envelope": seal(label, payload, COORDINATOR).hex(), "expect": "ok"}
+        | {"signer": COORDINATOR.peer_id, "payload": payload.hex()}
+        for label in Label
+    ]
+    bad = {
+        "for another purpose": seal(Label.AD, payload, COORDINATOR),
+        "relabelled": repacked(seal(Label.AD, payload, COORDINATOR), 0, str(Label.TICKET)),
+        "unknown label": repacked(data, 0, "archipelag/ticket/2"),
+        "of another key": repacked(data, 1, OTHER.public_key),
+        "another payload": repacked(data, 2, payload + b"!"),
+        "no signature": repacked(data, 3, b""),
+        "signature of zeros": repacked(data, 3, bytes(64)),
+        "last bit of the signature": repacked(data, 3, signature[:-1] + bytes([signature[-1] ^ 1])),
+        "signature cut": repacked(data, 3, signature[:-1]),
+        "signature without its domain": repacked(data, 3, COORDINATOR.sign(payload)),
+        "key of small order": repacked(repacked(data, 1, b"\x01" + bytes(31)), 3, b"\x01" + bytes(63)),
+        "not the shortest encoding": data[:1] + b"\xda\x00\x13" + data[2:],
+        "trailing byte": data + b"\x00",
+        "cut": data[:-1],
+        "empty": b"",
+    }
+    return out + [
+        {"name": n, "label": str(Label.TICKET), "envelope": d.hex(), "expect": "refused"} for n, d in bad.items()
+    ]
+
+
+def ads_vectors() -> list[Vector]:
+    ad = samples.ad()
+    data = ads.sign_ad(ad, ISLAND)
+    plainest = samples.ad(offers=(), paths=(), addresses=(), runtimes=(), draining=True, default_ask=Ask())
+    nan = msgpack.unpackb(msgpack.unpackb(data)[2])
+    nan[13][0][13] = float("nan")
+    extra = msgpack.packb([*msgpack.unpackb(msgpack.unpackb(data)[2]), 1])
+    future = samples.ad(sequence=NOW_MS + SKEW_MS + 1)
+    good = [
+        ("full", ad, NOW_MS),
+        ("plain", plainest, NOW_MS),
+        ("one skew ahead", samples.ad(sequence=NOW_MS + SKEW_MS), NOW_MS),
+    ]
+    good.append(("expired by one skew", ad, ad.expires_at_ms + SKEW_MS))
+    out: list[Vector] = [
+        {
+            "name": name,
+            "envelope": ads.sign_ad(one, ISLAND).hex(),
+            "now_ms": now_ms,
+            "expect": "ok",
+            "fields": plain(one),
+        }
+        for name, one, now_ms in good
+    ]
+    bad = {
+        "from the future": (ads.sign_ad(future, ISLAND), NOW_MS),
+        "expired": (data, ad.expires_at_ms + SKEW_MS + 1),
+        "signed by another": (ads.sign_ad(ad, OTHER), NOW_MS),
+        "speed is NaN": (seal(Label.AD, msgpack.packb(nan), ISLAND), NOW_MS),
+        "extra field": (seal(Label.AD, extra, ISLAND), NOW_MS),
+        "a notice of loss": (ads.sign_lost(samples.lost(), ISLAND), NOW_MS),
+        "payload of another key": (repacked(data, 1, OTHER.public_key), NOW_MS),
+        "forged": (repacked(data, 3, bytes(64)), NOW_MS),
+    }
+    for name, place, value in (
+        ("another version", 0, 2),
+        ("boot after sequence", 3, NOW_MS + 1),
+        ("lives too long", 5, NOW_MS + LIFETIME_MS + 1),
+        ("control character in the agent", 6, "a\x1b[2J"),
+        ("negative memory", 11, -1),
+    ):
+        fields = msgpack.unpackb(msgpack.unpackb(data)[2])
+        fields[place] = value
+        bad[name] = (seal(Label.AD, msgpack.packb(fields), ISLAND), NOW_MS)
+    return out + [{"name": n, "envelope": d.hex(), "now_ms": t, "expect": "refused"} for n, (d, t) in bad.items()]
+
+
+def losses() -> list[Vector]:
+    lost = samples.lost()
+    data = ads.sign_lost(lost, COORDINATOR)
+    out: list[Vector] = [
+        {
+            "name": name,
+            "envelope": data.hex(),
+            "now_ms": NOW_MS + age_ms,
+            "expect": "ok",
+            "witness": COORDINATOR.peer_id,
+        }
+        | {"fields": plain(lost)}
+        for name, age_ms in (("fresh", 0), ("one skew ahead", -SKEW_MS), ("as old as may be", LIFETIME_MS + SKEW_MS))
+    ]
+    ahead = msgpack.packb([NETWORK, ISLAND.peer_id, NOW_MS + SKEW_MS + 1, NOW_MS])
+    bad = {
+        "from the future": (data, NOW_MS - SKEW_MS - 1),
+        "too old": (data, NOW_MS + LIFETIME_MS + SKEW_MS + 1),
+        "bars an ad of the future": (seal(Label.LOST, ahead, COORDINATOR), NOW_MS),
+        "an ad": (ads.sign_ad(samples.ad(), ISLAND), NOW_MS),
+        "forged": (repacked(data, 3, bytes(64)), NOW_MS),
+    }
+    return out + [{"name": n, "envelope": d.hex(), "now_ms": t, "expect": "refused"} for n, (d, t) in bad.items()]
+
+
+def books() -> list[Vector]:
+    """Events in the order in which they come; ``known`` is sequence by peer at the end, ``lost`` likewise."""
+
+    def ad(sequence: int) -> str:
+        return ads.sign_ad(samples.ad(sequence=sequence), ISLAND).hex()
+
+    def gone(sequence: int, signer: Any = COORDINATOR) -> str:
+        return ads.sign_lost(samples.lost(sequence=sequence, seen_at_ms=NOW_MS), signer).hex()
+
+    peer, at = ISLAND.peer_id, NOW_MS
+    stories: dict[str, tuple[list[tuple[str, str]], dict[str, int], dict[str, int]]] = {
+        "an ad": ([(ad(at), "changed")], {peer: at}, {}),
+        "a newer ad": ([(ad(at), "changed"), (ad(at + 1), "changed")], {peer: at + 1}, {}),
+        "an older ad": ([(ad(at), "changed"), (ad(at - 1), "stale")], {peer: at}, {}),
+        "the same ad": ([(ad(at), "changed"), (ad(at), "stale")], {peer: at}, {}),
+        "a loss": ([(ad(at), "changed"), (gone(at), "changed")], {}, {peer: at}),
+        "a loss before its ad": ([(gone(at), "changed"), (ad(at), "stale")], {}, {peer: at}),
+        "stale gossip": (
+            [(ad(at), "changed"), (gone(at), "changed"), (ad(at), "stale"), (ad(at - 1), "stale")],
+            {},
+            {peer: at},
+        ),
+        "refuted": ([(ad(at), "changed"), (gone(at), "changed"), (ad(at + 1), "changed")], {peer: at + 1}, {}),
+        "a loss that was refuted before it came": ([(ad(at + 1), "changed"), (gone(at), "stale")], {peer: at + 1}, {}),
+        "the same loss twice": ([(gone(at), "changed"), (gone(at), "stale")], {}, {peer: at}),
+        "a loss by somebody else": ([(ad(at), "changed"), (gone(at, OTHER), "refused")], {peer: at}, {}),
+    }
+    return [
+        {"name": name, "network": NETWORK, "coordinators": [COORDINATOR.peer_id], "now_ms": at}
+        | {"events": [{"envelope": e, "outcome": o} for e, o in events], "known": known, "lost": lost}
+        for name, (events, known, lost) in stories.items()
+    ]
+
+
+def ticket_vectors() -> list[Vector]:
+    """Each is a fresh Island that is handed tickets one after another."""
+    good = tickets.sign_ticket(samples.ticket(), COORDINATOR)
+    second = tickets.sign_ticket(samples.ticket(nonce=b"\x02" * 16), COORDINATOR)
+    valid = tickets.sign_delegation(samples.delegation(), NETWORK_KEY)
+    short = tickets.sign_delegation(samples.delegation(expires_at_ms=NOW_MS + 1000), NETWORK_KEY)
+    end_ms = samples.ticket().expires_at_ms
+    ahead_ms = NOW_MS + SKEW_MS + 1
+
+    def case(name: str, *handed: tuple[bytes, str, int, str], delegation: bytes = valid) -> Vector:
+        said = [
+            {"ticket": data.hex(), "sender": sender, "now_ms": now_ms, "expect": expect}
+            for data, sender, now_ms, expect in handed
+        ]
+        island = {
+            "peer": ISLAND.peer_id,
+            "boot": BOOT_MS,
+            "network": NETWORK,
+            "delegation": delegation.hex(),
+            "now_ms": NOW_MS,
+        }
+        return {"name": name, "island": island, "handed": said}
+
+    def refused(name: str, signer: Any = COORDINATOR, **changes: Any) -> Vector:
+        data = tickets.sign_ticket(samples.ticket(**changes), signer)
+        return case(name, (data, HOLDER.peer_id, NOW_MS, "bad_ticket"))
+
+    me = HOLDER.peer_id
+    return [
+        case("good", (good, me, NOW_MS, "ok")) | {"fields": plain(samples.ticket())},
+        case("used twice", (good, me, NOW_MS, "ok"), (good, me, NOW_MS, "bad_ticket"), (second, me, NOW_MS, "ok")),
+        case(
+            "by another holder, then by its own", (good, OTHER.peer_id, NOW_MS, "bad_ticket"), (good, me, NOW_MS, "ok")
+        ),
+        case("at its last millisecond", (good, me, end_ms, "ok")),
+        case("expired", (good, me, end_ms + 1, "bad_ticket")),
+        case("after the delegation", (good, me, NOW_MS + 1001, "bad_ticket"), delegation=short),
+        case("forged signature", (repacked(good, 3, bytes(64)), me, NOW_MS, "bad_ticket")),
+        case("no envelope", (b"ticket", me, NOW_MS, "bad_ticket")),
+        refused("issuer without delegation", OTHER, issuer=OTHER.peer_id),
+        refused("signed by another than its issuer", OTHER),
+        refused("another Island", route=(OTHER.peer_id,)),
+        refused("an earlier run", boots=(BOOT_MS - 1,)),
+        refused("another network", network=tickets.network_id_of(OTHER.public_key)),
+        refused("from the future", issued_at_ms=ahead_ms, expires_at_ms=ahead_ms + 1000),
+    ]
+
+
+def delegations() -> list[Vector]:
+    made = samples.delegation()
+    data = tickets.sign_delegation(made, NETWORK_KEY)
+    too_long = samples.delegation(expires_at_ms=NOW_MS + int(limits.DELEGATION_LIFETIME_S * 1000) + SKEW_MS + 1)
+    cases = (
+        ("good", data, NOW_MS, "ok"),
+        ("at its end", data, made.expires_at_ms, "ok"),
+        ("expired", data, made.expires_at_ms + 1, "refused"),
+        ("for too long", tickets.sign_delegation(too_long, NETWORK_KEY), NOW_MS, "refused"),
+        ("not by the network's key", tickets.sign_delegation(made, COORDINATOR), NOW_MS, "refused"),
+    )
+    return [{"name": n, "envelope": d.hex(), "now_ms": t, "expect": e} for n, d, t, e in cases]
+
+
+def receipt_vectors() -> list[Vector]:
+    ticket = tickets.sign_ticket(samples.ticket(), COORDINATOR)
+    true = samples.receipt(ticket_hash=tickets.ticket_hash(ticket))
+    seen = {
+        "ticket": ticket.hex(),
+        "island": ISLAND.peer_id,
+        "sent_tokens": true.sent_tokens,
+        "output_hash": true.output_hash.hex(),
+    }
+    signed = receipts.sign_receipt(true, ISLAND)
+    out: list[Vector] = [{"name": "good", **seen, "receipt": signed.hex(), "expect": "ok", "fields": plain(true)}]
+    changes: dict[str, Any] = {
+        "network": "elsewhere",
+        "job_id": "job-2",
+        "ticket_hash": bytes(32),
+        "content_hash": "cd" * 32,
+        "sent_tokens": 9,
+        "output_hash": bytes(32),
+        "price_micros": samples.ticket().price_limit_micros + 1,
+    }
+    for name, value in changes.items():
+        data = receipts.sign_receipt(dataclasses.replace(true, **{name: value}), ISLAND)
+        out.append({"name": f"another {name}", **seen, "receipt": data.hex(), "expect": "refused"})
+    bad = {
+        "by another": receipts.sign_receipt(true, OTHER),
+        "forged": repacked(signed, 3, bytes(64)),
+        "a ticket": ticket,
+    }
+    return out + [{"name": n, **seen, "receipt": d.hex(), "expect": "refused"} for n, d in bad.items()]
+
+
+def jobs() -> list[Vector]:
+    """``by`` says a message; both ends agree to all but the last one of a refused story."""
+
+    def said(text: str) -> list[dict[str, Any]]:
+        out = []
+        for word in text.split():
+            name, _, rest = word.partition(":")
+            job, _, more = rest.partition(",")
+            step, _, count = more.partition("+")
+            entry: dict[str, Any] = {"message": name, "job": int(job or 1)}
+            if name == "JobChunk":
+                entry |= {"step": int(step or 0), "tokens": int(count or 1)}
+            out.append(entry)
+        return out
+
+    ok = {
+        "an answer": "JobOpen JobAccepted JobChunk:1,0+2 JobChunk:1,2 JobDone",
+        "an empty answer": "JobOpen JobAccepted JobDone",
+        "a refusal": "JobOpen JobFailed",
+        "a failure": "JobOpen JobAccepted JobChunk JobFailed",
+        "a cancel": "JobOpen JobAccepted JobCancel JobChunk JobFailed",
+        "a cancel before it was accepted": "JobOpen JobCancel JobAccepted JobFailed",
+        "a cancel that came too late": "JobOpen JobAccepted JobDone JobCancel JobCancel",
+        "two at once": "JobOpen:1 JobOpen:2 JobAccepted:2 JobAccepted:1 JobChunk:2 JobDone:2 JobChunk:1 JobDone:1",
+        "numbers may skip": "JobOpen:3 JobFailed:3 JobOpen:9 JobFailed:9",
+    }
+    refused = {
+        "accepted before it was opened": "JobAccepted",
+        "a cancel of nothing": "JobCancel",
+        "opened twice": "JobOpen JobOpen",
+        "a number used again": "JobOpen JobFailed JobOpen",
+        "a smaller number": "JobOpen:5 JobOpen:4",
+        "accepted twice": "JobOpen JobAccepted JobAccepted",
+        "accepted twice around a cancel": "JobOpen JobAccepted JobCancel JobAccepted",
+        "a chunk before it was accepted": "JobOpen JobChunk",
+        "done before it was accepted": "JobOpen JobDone",
+        "an answer to a cancelled job that was not accepted": "JobOpen JobCancel JobChunk",
+        "cancelled twice": "JobOpen JobCancel JobCancel",
+        "a chunk that is repeated": "JobOpen JobAccepted JobChunk JobChunk",
+        "a chunk that was lost": "JobOpen JobAccepted JobChunk JobChunk:1,2",
+        "chunks out of order": "JobOpen JobAccepted JobChunk:1,1",
+        "a chunk after the end": "JobOpen JobAccepted JobDone JobChunk",
+        "done twice": "JobOpen JobAccepted JobDone JobDone",
+        "failed after it was done": "JobOpen JobAccepted JobDone JobFailed",
+        "a message for another job": "JobOpen:1 JobAccepted:2",
+    }
+    out: list[Vector] = [{"name": name, "said": said(text), "expect": "ok"} for name, text in ok.items()]
+    return out + [{"name": name, "said": said(text), "expect": "refused"} for name, text in refused.items()]
+
+
+def prices() -> list[Vector]:
+    out: list[Vector] = []
+    for text, micros in (
+        ("0", 0),
+        ("1", 10**6),
+        ("0.25", 250_000),
+        ("0.000001", 1),
+        ("007.50", 7_500_000),
+        ("999999999.999999", 10**15 - 1),
+    ):
+        out.append({"name": f"parse {text}", "parse": text, "micros": micros})
+    for text in ("", "-1", "+1", "1.", ".5", "1e3", "0.0000001", "1,5", "nan", "1000000000", "\u0663"):
+        out.append({"name": f"parse {text!r}", "parse": text, "expect": "refused"})
+    for micros, text in ((0, "0"), (1, "0.000001"), (250_000, "0.25"), (10**7, "10"), (-250_000, "-0.25")):
+        out.append({"name": f"format {micros}", "format": micros, "text": text})
+    for ask, tokens, ms, micros in (
+        (Ask(5, 1, 0), 1, 0, 6),
+        (Ask(0, 1, 1), 1, 1, 2),
+        (Ask(0, 1, 1), 0, 0, 0),
+        (Ask(0, 999, 0), 1001, 0, 1000),
+        (Ask(1_000, 20_000, 500), 256, 1_834, 7_037),
+    ):
+        assert ask.price(tokens, ms) == micros, ask.price(tokens, ms)
+        out.append(
+            {
+                "name": f"price {micros}",
+                "ask": plain(ask),
+                "output_tokens": tokens,
+                "milliseconds": ms,
+                "micros": micros,
+            }
+        )
+    return out
+
+
+def generations() -> list[Vector]:
+    request = samples.generation()
+    data = GENERATION.encode(request)
+    out: list[Vector] = [{"name": "chat", "bytes": data.hex(), "expect": "ok", "fields": plain(request)}]
+    bad = {
+        "unknown role": data.replace(b"\xa4user", b"\xa4boss"),
+        "unknown format": data.replace(b"\xa4text", b"\xa4yaml"),
+        "resume with half a token": data.replace(
+            b"\xc4\x0c" + pack_tokens([1, 2, 3]), b"\xc4\x0a" + pack_tokens([1, 2, 3])[:10]
+        ),
+        "cut": data[:-1],
+    }
+    return out + [{"name": name, "bytes": wrong.hex(), "expect": "refused"} for name, wrong in bad.items()]
+
+
+ABOUT = {
+    "keys": (keys, "Seeds, the Ed25519 public keys they give, and the names made of them."),
+    "frames": (frames, "Frames of both stream protocols, bytes to message; an incomplete one has to wait for more."),
+    "envelopes": (envelopes, "Envelopes opened under a label."),
+    "ads": (ads_vectors, "Ads read at a time."),
+    "losses": (losses, "Notices of loss read at a time."),
+    "books": (books, "What a book holds after envelopes came in this order."),
+    "delegations": (delegations, "Delegations read at a time."),
+    "tickets": (ticket_vectors, "Tickets handed to a fresh Island one after another."),
+    "receipts": (receipt_vectors, "Receipts checked against the ticket and what the holder counted."),
+    "jobs": (jobs, "Conversations about jobs; in a refused one the last message is the wrong one."),
+    "prices": (prices, "Text to micro-credits and back, and the price of a job."),
+    "generations": (generations, "Inputs of text Cargos."),
+}
+
+
+def render(name: str) -> str:
+    make, about = ABOUT[name]
+    return json.dumps({"about": about, "vectors": make()}, indent=1, ensure_ascii=True) + "\n"
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for file in ABOUT:
+        (FOLDER / f"{file}.json").write_text(render(file))
+        print(f"wrote {FOLDER / file}.json")
