@@ -21,9 +21,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import trio
+from libp2p.abc import INetStream
 from libp2p.custom_types import TProtocol
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import GossipSub
@@ -127,6 +128,7 @@ class Gossip:
                 yield pubsub
         finally:
             self._pubsub = None
+            pubsub.hang_up()
             for notifee in [one for one in swarm.notifees if one not in before]:
                 swarm.remove_notifee(notifee)
             pubsub.seen_messages.stop()
@@ -188,6 +190,7 @@ class _CagedPubsub(Pubsub):
             allowed_topics={gossip.topic},
         )
         self._gossip = gossip
+        self._inbound: set[Any] = set()
         self.counter = time.time_ns()
 
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
@@ -200,12 +203,35 @@ class _CagedPubsub(Pubsub):
         if self._gossip.topic in publish_message.topicIDs:
             self._gossip.deliver(publish_message)
 
+    async def stream_handler(self, stream: INetStream) -> None:
+        """A peer's stream to us. It also tells that the peer started anew, so our stream to it may be a dead one."""
+        muxed: Any = cast(Any, stream).muxed_stream
+        self._inbound.add(muxed)
+        try:
+            if self.manager.is_running:
+                self._drop_if_dead(muxed.connection.peer_id)
+                await super().stream_handler(stream)
+        finally:
+            self._inbound.discard(muxed)
+            muxed.reset_nowait()
+
     async def _handle_new_peer(self, peer_id: ID) -> None:
+        if not self._drop_if_dead(peer_id):
+            await super()._handle_new_peer(peer_id)
+
+    def _drop_if_dead(self, peer_id: ID) -> bool:
+        """Whether our stream to the peer was dead; then it is forgotten and the peer, if connected, is greeted anew."""
         stream: Any = self.peers.get(peer_id)
-        if stream is not None and stream.muxed_stream.was_reset:
-            self._handle_dead_peer(peer_id)  # which greets the peer anew, since it is connected
-            return
-        await super()._handle_new_peer(peer_id)
+        dead = stream is not None and stream.muxed_stream.was_reset
+        if dead:
+            self._handle_dead_peer(peer_id)
+        return dead
+
+    def hang_up(self) -> None:
+        """Resets all streams of this service, so that peers greet the next one."""
+        outbound: list[Any] = [cast(Any, stream).muxed_stream for stream in self.peers.values()]
+        for muxed in [*self._inbound, *outbound]:
+            muxed.reset_nowait()
 
     def greet(self, peers: Iterable[ID]) -> None:
         for peer in list(peers):
