@@ -23,7 +23,7 @@ from protocol.errors import ConfigError
 from protocol.limits import CACHE_BYTES_DEFAULT
 from runtimes.store import DiskFull, FetchCancelled, ModelStore, StoredModel, WrongContent, default_cache_dir
 from runtimes.store import cache as cache_module
-from runtimes.store.files import locked
+from runtimes.store.files import locked, try_lock
 
 CONTENT = random.Random(2).randbytes(3_000_000)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -103,6 +103,20 @@ def test_a_holder_in_another_process_counts(store: ModelStore, tmp_path: Path) -
         assert [gone.name for gone in store.evict(0)] == ["a"]
     finally:
         end(holder)
+
+
+def test_an_eviction_between_open_and_lock_is_noticed(
+    store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = add(store, tmp_path, "a")
+
+    def evicted_meanwhile(descriptor: int, *, shared: bool) -> bool:
+        model.path.unlink(missing_ok=True)
+        return try_lock(descriptor, shared=shared)
+
+    monkeypatch.setattr(cache_module, "try_lock", evicted_meanwhile)
+    with pytest.raises(ConfigError, match="was evicted from the cache in between"), store.hold(model):
+        pass
 
 
 def test_a_model_larger_than_the_cache_is_refused(store: ModelStore) -> None:
