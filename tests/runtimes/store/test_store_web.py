@@ -14,6 +14,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -113,20 +114,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    yield from serving(None)
+    with serving() as made:
+        yield made
 
 
-def serving(context: ssl.SSLContext | None) -> Iterator[Server]:
+@contextmanager
+def serving(context: ssl.SSLContext | None = None) -> Iterator[Server]:
     made = Server(("127.0.0.1", 0), Handler)
     made.behaviour = Behaviour()
     if context is not None:
         made.socket = context.wrap_socket(made.socket, server_side=True)
     thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield made
-    made.shutdown()
-    thread.join()
-    made.server_close()
+    try:
+        yield made
+    finally:
+        made.shutdown()
+        thread.join()
+        made.server_close()
 
 
 @pytest.fixture
@@ -329,7 +334,7 @@ def test_https_and_no_way_down_from_it(
     certificate.write_bytes(self_signed())
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
-    for secure in serving(context):
+    with serving(context) as secure:
         address = f"https://127.0.0.1:{secure.server_port}/m.bin"
         with pytest.raises(FetchError, match="certificate"):
             store.fetch(address)
@@ -437,7 +442,7 @@ def test_a_hub_that_answers_nonsense(hub: Behaviour, store: ModelStore, listing:
 
 def test_the_hub_token_goes_to_the_hub_only(hub: Behaviour, store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    for cdn in serving(None):
+    with serving() as cdn:
         hub.redirects = {"/owner/name/resolve/main/m.bin": url(cdn, "/cdn")}
         store.fetch("hf:owner/name:m.bin")
         assert hub.tokens == ["Bearer hf_secret"]
