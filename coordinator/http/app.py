@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import secrets
 import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +38,21 @@ Parser = Callable[[dict[str, Any], int], schema.ApiRequest]
 _JSON = "application/json"
 _PREFIXES = ("/v1", "/api/v1")
 _REQUEST_ID_CHARS_MAX = 128
+_ACCOUNTS_REMEMBERED = 1024
+
+
+@dataclass(slots=True)
+class _Call:
+    """What is known of the request that the current task handles."""
+
+    request_id: str
+    limits: dict[str, str] = field(default_factory=dict)
+
+    def headers(self) -> dict[str, str]:
+        return {"x-request-id": self.request_id, "Server": "archipelag", **self.limits}
+
+
+_CALL: ContextVar[_Call] = ContextVar("archipelag_call")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +77,7 @@ class Api:
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self._salt = functools.lru_cache(_ACCOUNTS_REMEMBERED)(functools.partial(cache_salt, services.salt_secret))
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=self._services.body_bytes_max, middlewares=[self._middleware])
@@ -83,8 +101,8 @@ class Api:
     async def _middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Nothing leaves without a request id, no error without its envelope; a handler's bug ends one request only."""
         started_s = time.perf_counter()
-        request_id = _request_id(request)
-        request["id"] = request_id
+        call = _Call(_request_id(request))
+        _CALL.set(call)
         try:
             response = await handler(request)
         except ApiError as error:
@@ -98,12 +116,10 @@ class Api:
         except Exception as error:
             # no message: the text of a foreign error may quote the input
             trace = "".join(traceback.format_tb(error.__traceback__))
-            log.error("request %s: %s\n%s", request_id, type(error).__name__, trace)
+            log.error("request %s: %s\n%s", call.request_id, type(error).__name__, trace)
             response = _error(ApiError(500, "internal error", code="internal_error", kind="server_error"))
         if not response.prepared:
-            response.headers["x-request-id"] = request_id
-            response.headers["Server"] = "archipelag"
-            response.headers.update(request.get("limits", {}))
+            response.headers.update(call.headers())
         resource = request.match_info.route.resource
         route = resource.canonical if resource is not None else "none"
         self._services.metrics.request(route, response.status, time.perf_counter() - started_s)
@@ -150,7 +166,7 @@ class Api:
     async def _admit(self, request: web.Request, scope: str) -> str:
         """The account of the key."""
         key, headers = await self._services.gate.admit(request, scope)
-        request["limits"] = headers
+        _CALL.get().limits = headers
         return key.account
 
     async def _generate(self, request: web.Request, parse: Parser, shape: Shape) -> web.StreamResponse:
@@ -165,7 +181,7 @@ class Api:
             )
         api = parse(schema.parse_json(await request.read()), secrets.randbits(63))
         job_id = secrets.token_hex(12)
-        spec = JobSpec(job_id, api.model, cache_salt(self._services.salt_secret, account), api.choices)
+        spec = JobSpec(job_id, api.model, self._salt(account), api.choices)
         answer = Answer(api, job_id, int(time.time()))
         if api.stream:
             return await self._stream(request, spec, answer, shape)
@@ -182,12 +198,7 @@ class Api:
             events = await stream.take()
             if isinstance(events[0], Accepted):
                 answer.note(events[0])
-            headers = {
-                **answer.headers(),
-                "x-request-id": request["id"],
-                "Server": "archipelag",
-                **request.get("limits", {}),
-            }
+            headers = {**answer.headers(), **_CALL.get().headers()}
             async with EventStream(request, headers, self._services.keep_alive_comment_s, stream.nudge) as output:
                 await _pump(stream, events, writer, output)
                 return output.response

@@ -31,6 +31,7 @@ class Gate:
         self._requests, self._wrong_keys = PerMinute(), PerMinute()
         self._wrong_keys_per_minute = wrong_keys_per_minute
         self._proxies = [ipaddress.ip_network(proxy, strict=False) for proxy in trusted_proxies]
+        self._pending: dict[str, asyncio.Task[ApiKey | None]] = {}
         # the database may be slow or far away; the event loop must not wait for it
         self._lookups = ThreadPoolExecutor(2, thread_name_prefix="key-lookup")
 
@@ -79,6 +80,14 @@ class Gate:
         raise _unauthorized("the API key is not known here")
 
     async def _look_up(self, key_hash: str) -> ApiKey | None:
+        """One question to the database for all requests that come with the same key at the same time."""
+        task = self._pending.get(key_hash)
+        if task is None:
+            task = self._pending[key_hash] = asyncio.ensure_future(self._find(key_hash))
+            task.add_done_callback(lambda _: self._pending.pop(key_hash, None))
+        return await asyncio.shield(task)  # a client that hangs up must not take the answer from the others
+
+    async def _find(self, key_hash: str) -> ApiKey | None:
         key = await asyncio.get_running_loop().run_in_executor(self._lookups, self._store.find, key_hash)
         if key is not None:
             self._cache.put(key_hash, key)

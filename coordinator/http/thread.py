@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import ssl
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
 import trio
 from aiohttp import web
@@ -14,6 +12,7 @@ from aiohttp import web
 from protocol.errors import ConfigError
 
 SHUTDOWN_S = 2.0
+_REACHABLE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where this machine finds what listens on all addresses
 _KEEP_ALIVE_S = 75.0
 
 
@@ -28,16 +27,6 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
     return context
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop where it is installed: a third less time per request, measured; asyncio's own loop otherwise."""
-    try:
-        uvloop = importlib.import_module("uvloop")
-    except ImportError:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
-
-
 class HttpThread:
     """Serves an application from a thread of its own. ``run`` is the thread, as a trio task; ``stop`` ends it from trio."""
 
@@ -47,6 +36,7 @@ class HttpThread:
         self._make_app, self._host, self._port, self._tls = make_app, host, port, tls
         self._token = trio.lowlevel.current_trio_token()
         self._started = trio.Event()
+        self._stop_wanted = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
         self._site: web.BaseSite | None = None
@@ -55,7 +45,8 @@ class HttpThread:
 
     @property
     def url(self) -> str:
-        host = f"[{self._host}]" if ":" in self._host else self._host
+        host = _REACHABLE.get(self._host, self._host)
+        host = f"[{host}]" if ":" in host else host
         return f"{'https' if self._tls else 'http'}://{host}:{self.bound_port}"
 
     async def run(self) -> None:
@@ -76,6 +67,7 @@ class HttpThread:
 
     def stop(self) -> None:
         """trio: ends the server; ``run`` returns within ``SHUTDOWN_S`` seconds. Running requests are cancelled."""
+        self._stop_wanted = True
         if self._loop is not None and self._stopping is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._stopping.set)
 
@@ -86,25 +78,18 @@ class HttpThread:
         done = trio.Event()
 
         async def stop(site: web.BaseSite) -> None:
-            # BaseSite.stop would close connections too; only the listening socket must go
-            server = getattr(site, "_server", None)
-            if server is not None:
-                server.close()
-            self._token.run_sync_soon(done.set)
+            try:
+                await site.stop()
+            finally:
+                self._token.run_sync_soon(done.set)
 
-        self._spawn(stop(self._site))
+        asyncio.run_coroutine_threadsafe(stop(self._site), self._loop)
         await done.wait()
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        if self._loop is not None:
-            asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _thread_main(self) -> None:
         try:
-            with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            with asyncio.Runner() as runner:
                 runner.run(self._serve())
-        except OSError as error:
-            self._error = error
         finally:
             self._token.run_sync_soon(self._started.set)
 
@@ -120,10 +105,15 @@ class HttpThread:
         await runner.setup()
         try:
             site = web.TCPSite(runner, self._host, self._port, ssl_context=self._tls, backlog=1024)
-            await site.start()
+            try:
+                await site.start()
+            except OSError as error:
+                self._error = error
+                return
             self._site = site
             self.bound_port = runner.addresses[0][1]
             self._token.run_sync_soon(self._started.set)
-            await self._stopping.wait()
+            if not self._stop_wanted:  # set before ``_stopping`` was there
+                await self._stopping.wait()
         finally:
             await runner.cleanup()

@@ -156,7 +156,7 @@ class FakePort:
         self._changed = trio.Event()
 
     @asynccontextmanager
-    async def run_job(self, island: str, ticket: bytes, payload: bytes) -> AsyncIterator[AsyncIterator[Any]]:
+    async def run_job(self, island: str, ticket: bytes, payload: bytes) -> AsyncIterator[_Run]:
         it = self.islands[island]
         script = it.script()
         if script.fail_open is not None:
