@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -13,6 +15,7 @@ from node.hardware import usable_cpus
 from protocol.errors import ConfigError
 from runtimes.base import LoadedCargo
 from runtimes.echo import EchoCargo
+from runtimes.store import ConsoleProgress, ModelStore
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +57,15 @@ async def load_cargos(settings: CargoSettings, stack: AsyncExitStack) -> dict[st
 
 async def _load_model(source: str, settings: CargoSettings, engines: int, stack: AsyncExitStack) -> LoadedCargo:
     from runtimes.gguf.cargo import open_gguf_cargo  # heavy, and absent where the gguf extra is not installed
-    from runtimes.store import ModelStore
 
     store = ModelStore(settings.cache_dir)
-    model = await trio.to_thread.run_sync(store.fetch, source, abandon_on_cancel=True)
+    with ConsoleProgress() as progress:
+        cancelled = threading.Event()
+        try:
+            fetch = partial(store.fetch, source, progress, cancelled.is_set)
+            model = await trio.to_thread.run_sync(fetch, abandon_on_cancel=True)
+        finally:
+            cancelled.set()  # after a Ctrl-C the thread stops at its next piece; what it has is kept and resumed
     stack.enter_context(store.hold(model))
     limit = settings.memory_limit_bytes // engines if settings.memory_limit_bytes is not None else None
     log.info("loading Cargo %s (%.0f MB)", model.name, model.path.stat().st_size / 1e6)

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from node.localnet import LocalNetwork
 from protocol.errors import ArchipelagError, ConfigError
-from runtimes.store import ModelStore
+from runtimes.store import ConsoleProgress, ModelStore
 
 MODEL = "smollm2-135m"
 SYSTEM = "You are a helpful AI assistant."  # with the template's own system prompt this model does not name Paris
@@ -43,7 +43,8 @@ def run_demo(config: DemoConfig, out: TextIO) -> None:
     """Raises DemoFailed, NodeFailed or ConfigError; Ctrl-C ends it in order."""
     started = time.monotonic()
     _say(out, f"1/4 model {MODEL}")
-    ModelStore().fetch(MODEL)
+    with ConsoleProgress() as progress:
+        ModelStore().fetch(MODEL, progress)
     with tempfile.TemporaryDirectory(prefix="archipelag-demo-") as folder, LocalNetwork(Path(folder)) as network:
         _say(out, "2/4 Coordinator")
         network.start_coordinator(_free_address(config, out))

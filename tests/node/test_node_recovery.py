@@ -53,7 +53,8 @@ class TwoIslands:
         }
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
         request = urllib.request.Request(self.network.url + "/v1/chat/completions", json.dumps(body).encode(), headers)
-        text, last, events = "", {}, 0
+        text, events = "", 0
+        last: dict[str, Any] = {}
         with urllib.request.urlopen(request, timeout=120) as answer:
             island = answer.headers["x-archipelag-island"]
             for raw in answer:
