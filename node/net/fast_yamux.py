@@ -321,6 +321,7 @@ class FastYamux(IMuxedConn):
         self._lock = trio.Lock()
         self._control = bytearray()
         self._control_waiter = trio.lowlevel.ParkingLot()
+        self._flushed = trio.lowlevel.ParkingLot()
         self._pong: int | None = None
         self._write_began_s: float | None = None
         # reading
@@ -375,6 +376,7 @@ class FastYamux(IMuxedConn):
             stream.lose()
         self._accepted.close()
         self._outbound_room.unpark_all()
+        self._flushed.unpark_all()
         if self._scope is not None:
             self._scope.cancel()
 
@@ -388,12 +390,17 @@ class FastYamux(IMuxedConn):
                 log.warning("closing the connection to %s: %s: %s", self.peer_id, type(error).__name__, error)
 
     async def close(self, error_code: int = 0) -> None:
-        """Says goodbye if that is possible at once, then closes."""
+        """Says goodbye if that goes quickly, then closes; a write that hangs ends with the socket."""
         if self.lost_reason is None:
-            self._control += _frame(_GO_AWAY, 0, 0, error_code)
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + _GOODBYE_S):
-                await self._flush_control()
-        self.lose("closed on this side")
+            self.send_control(_frame(_GO_AWAY, 0, 0, error_code))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._flush_control)
+                try:
+                    with trio.move_on_after(_GOODBYE_S):
+                        while self._control and self.lost_reason is None:
+                            await self._flushed.park()
+                finally:
+                    self.lose("closed on this side")
         if self._scope is None:
             self.event_closed.set()
         await trio.lowlevel.checkpoint()
@@ -485,6 +492,7 @@ class FastYamux(IMuxedConn):
             raise MuxedStreamReset(f"the connection is lost: {self.lost_reason}") from error
         finally:
             self._write_began_s = None
+            self._flushed.unpark_all()
 
     async def _flush_control(self) -> None:
         await self._acquire()

@@ -57,11 +57,16 @@ class FrameStream:
         Cancelled before anything has left, the stream stays usable; in the middle of a frame, it is reset.
         """
         frame = encode_frame(self._registry, message)
-        async with self._send_lock:
-            try:
-                await self._stream.write(frame)
-            except MuxedStreamError as error:
-                raise LinkLost(f"sending to {self.remote_peer}: {error}") from error
+        try:
+            self._send_lock.acquire_nowait()  # the usual case, and cheaper than a pass through the scheduler
+        except trio.WouldBlock:
+            await self._send_lock.acquire()
+        try:
+            await self._stream.write(frame)
+        except MuxedStreamError as error:
+            raise LinkLost(f"sending to {self.remote_peer}: {error}") from error
+        finally:
+            self._send_lock.release()
         self._counters.frames_sent += 1
 
     async def send_frames(self, frames: bytes, count: int) -> None:

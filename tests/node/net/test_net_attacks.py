@@ -272,6 +272,24 @@ async def test_a_peer_that_sends_but_never_reads_is_cut_off(monkeypatch: pytest.
         assert server.counters.connections_broken == 1
 
 
+async def test_a_peer_that_never_reads_does_not_hold_up_the_end() -> None:
+    async with lab_host(2) as server, raw_peer(server, 7) as peer:
+        lines = b"\x13/multistream/1.0.0\n" + bytes([len("/test/pour/1") + 1]) + b"/test/pour/1\n"
+        pouring = trio.Event()
+
+        async def pour(stream: FrameStream) -> None:
+            pouring.set()
+            await stream.send(Note(1, data=bytes(60_000_000)))
+
+        server.set_handler("/test/pour/1", TESTS, pour)
+        await peer.say(frame(WINDOW, SYN, 1, 1 << 30), frame(DATA, 0, 1, len(lines), lines))
+        await pouring.wait()
+        await trio.sleep(0.3)
+        began_s = trio.current_time()
+        await server.disconnect(peer_id_of(seed(7)))
+        assert trio.current_time() - began_s < 1.5
+
+
 async def test_lost_connection_is_a_loss_on_both_ends_and_delivers_what_had_come() -> None:
     async with pair() as (client, server):
         held: list[FrameStream] = []
