@@ -145,6 +145,14 @@ class NoiseSession(SecureSession):
         with trio.CancelScope(shield=True):
             await self.send(self.seal(pieces))
 
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """Address and port of the peer; None once the socket is closed."""
+        try:
+            ip, port, *_ = self._stream.socket.getpeername()
+        except OSError:
+            return None
+        return str(ip), int(port)
+
     def close_nowait(self) -> None:
         """Closes the socket at once; whoever reads or writes gets trio.ClosedResourceError."""
         self._stream.socket.close()

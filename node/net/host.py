@@ -60,6 +60,7 @@ log = logging.getLogger(__name__)
 Handler = Callable[[FrameStream], Awaitable[None]]
 _MULTISTREAM = b"/multistream/1.0.0"
 _CLOSE_TIMEOUT_S = 3.0
+_NAME_FAMILIES = {"dns": socket.AF_UNSPEC, "dns4": socket.AF_INET, "dns6": socket.AF_INET6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,10 +222,13 @@ class Host:
 
         async def dial(address: str, over: trio.Event) -> None:
             try:
-                await self._swarm.dial_addr(Multiaddr(f"{address}/p2p/{peer_id}"), ID.from_base58(peer_id))
-                nursery.cancel_scope.cancel()
-            except Exception as error:  # the swarm lets errors of every layer through
-                failures.append(f"{address}: {one_line(error)}")
+                for resolved in await _resolve(address):
+                    await self._dial(resolved, peer_id, failures)
+                    if self.is_connected(peer_id):
+                        nursery.cancel_scope.cancel()
+                        return
+            except OSError as error:
+                failures.append(f"{address}: {error.strerror}")
             finally:
                 over.set()
 
@@ -238,6 +242,12 @@ class Host:
         if not self.is_connected(peer_id):
             self.counters.dials_failed += 1
             raise LinkLost(f"cannot reach {peer_id}: {'; '.join(failures) or f'no answer within {timeout_s:g} s'}")
+
+    async def _dial(self, address: str, peer_id: str, failures: list[str]) -> None:
+        try:
+            await self._swarm.dial_addr(Multiaddr(f"{address}/p2p/{peer_id}"), ID.from_base58(peer_id))
+        except Exception as error:  # the swarm lets errors of every layer through
+            failures.append(f"{address}: {one_line(error)}")
 
     async def wait_lost(self, peer_id: str) -> None:
         """Returns when there is no connection to the peer; at once where there is none."""
@@ -473,6 +483,17 @@ def _expand(address: str) -> list[str]:
     ]
     usable = [one for one in found if not one.startswith(("127.", "fe80:")) and one != "::1"]
     return [f"/{family}/{one}/{port}" for one in usable or found]
+
+
+async def _resolve(address: str) -> list[str]:
+    """Addresses without names, by this system's own resolver; libp2p's asks name servers only. Raises OSError."""
+    family, _, rest = address.lstrip("/").partition("/")
+    if family not in _NAME_FAMILIES:
+        return [address]
+    name, _, port = rest.partition("/")
+    found = await trio.socket.getaddrinfo(name, None, family=_NAME_FAMILIES[family], type=socket.SOCK_STREAM)
+    ips = dict.fromkeys(str(entry[4][0]) for entry in found)
+    return [f"/{'ip6' if ':' in ip else 'ip4'}/{ip}/{port}" for ip in ips]
 
 
 async def _negotiate(stream: FastStream, protocol_id: str) -> None:

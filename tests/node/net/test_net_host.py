@@ -105,6 +105,28 @@ async def test_a_black_hole_does_not_hold_up_the_next_address() -> None:
                 await host.connect(peer_id)
 
 
+@pytest.mark.parametrize("family", ["dns", "dns4"])
+async def test_names_are_resolved_as_this_system_resolves_them(family: str) -> None:
+    async with lab_host(1) as host, lab_host(2) as other:
+        port = other.addresses()[0].split("/")[4]
+        await host.connect(f"/{family}/localhost/tcp/{port}/p2p/{other.peer_id}")
+        await host.disconnect(other.peer_id)
+        with pytest.raises(LinkLost, match=r"nowhere\.invalid"):
+            await host.connect(f"/{family}/nowhere.invalid/tcp/{port}/p2p/{other.peer_id}")
+
+
+async def test_ipv6() -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    async with lab_host(1) as host, lab_host(2, "/ip6/::1/tcp/0") as other:
+        await host.connect(other.addresses()[0])
+        await settle(lambda: other.is_connected(host.peer_id))
+        assert (other.remote_address(host.peer_id) or "").startswith("/ip6/::1/tcp/")
+
+
 async def test_dials_of_many_tasks_become_one_connection() -> None:
     async with lab_host(1) as host, lab_host(2) as other:
         async with trio.open_nursery() as nursery:
