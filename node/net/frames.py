@@ -32,7 +32,10 @@ _INCOMPLETE = object()
 
 
 class FrameStream:
-    """Messages of one registry to and from one peer. Any number of tasks may send; one may receive."""
+    """Messages of one registry to and from one peer. Any number of tasks may send; one may receive.
+
+    Who opened a stream ends it, with aclose, abort or ``async with``: a connection carries STREAMS_PER_PEER_MAX each way.
+    """
 
     def __init__(self, stream: FastStream, registry: Registry, counters: NetCounters, protocol_id: str = "") -> None:
         self.remote_peer: str = str(stream.connection.peer_id)
@@ -117,6 +120,15 @@ class FrameStream:
         """Ends the stream at once in both directions; the peer reads LinkLost. Never fails, never waits."""
         self._stream.reset_nowait()
 
+    async def __aenter__(self) -> FrameStream:
+        return self
+
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            await self.aclose()
+        else:
+            self.abort()
+
     async def _fill(self) -> None:
         try:
             chunks = await self._stream.receive_chunks()
@@ -127,8 +139,8 @@ class FrameStream:
         except MuxedStreamError as error:
             raise LinkLost(f"receiving from {self.remote_peer}: {error}") from error
         for chunk in chunks:
+            self._have += len(chunk)  # now, since the next one may be merged into it
             self._keep(chunk)
-        self._have += sum(map(len, chunks))
 
     def _keep(self, chunk: Piece) -> None:
         """Small chunks behind others are merged, so that a body that drips in costs no more memory than its bytes."""

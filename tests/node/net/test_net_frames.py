@@ -239,6 +239,16 @@ async def test_a_handler_that_returns_closes_the_stream_in_order() -> None:
         await settle(lambda: client.statistics().streams == 0 and server.statistics().streams == 0)
 
 
+async def test_a_block_closes_its_stream_and_aborts_it_on_error() -> None:
+    async with pair() as (client, server):
+        async with await client.open(server.peer_id, ECHO, TESTS) as stream:
+            assert await ask(stream, Note(1)) == Note(1)
+        with pytest.raises(KeyError):
+            async with await client.open(server.peer_id, ECHO, TESTS):
+                raise KeyError("mine")
+        await settle(lambda: client.statistics().streams == 0 and server.statistics().streams == 0)
+
+
 async def test_talking_to_somebody_who_left_ends_in_a_reset() -> None:
     async with pair() as (client, server):
 
