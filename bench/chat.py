@@ -26,6 +26,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
+from bench.bars import at_least, at_most
 from node.localnet import LocalNetwork
 from runtimes.store import ModelStore
 
@@ -296,24 +297,19 @@ def _bars(cases: dict[str, Any], cores: int, with_server: bool) -> list[dict[str
             of = cases[str(threads)][str(streams)]
             ratio = of["whole path"]["tokens_per_s"] / of["bare engine"]["tokens_per_s"]
             name = f"whole path / bare engine, tokens/s, {threads} engine threads, {streams} streams"
-            bars.append(_bar(name, ratio, at_least=least))
+            bars.append(at_least(name, ratio, least))
     of = cases["1"]["1"]
     added = of["whole path"]["first_token_p50_ms"] - of["bare engine"]["first_token_p50_ms"]
-    bars.append(_bar("time to first token added to the bare engine's, ms p50, 1 thread, 1 stream", added, at_most=10.0))
+    bars.append(at_most("time to first token added to the bare engine's, ms p50", added, 10.0))
     if with_server:
         for streams, least in ((1, 1.3), (8, 2.0)):
             of = cases[str(cores)][str(streams)]
             ratio = of["whole path"]["tokens_per_s"] / of["llama_cpp.server"]["tokens_per_s"]
-            bars.append(_bar(f"whole path / llama_cpp.server, tokens/s, {streams} clients", ratio, at_least=least))
+            bars.append(at_least(f"whole path / llama_cpp.server, tokens/s, {streams} clients", ratio, least))
         of = cases[str(cores)]["8"]
         ratio = of["whole path"]["first_token_p50_ms"] / of["llama_cpp.server"]["first_token_p50_ms"]
-        bars.append(_bar("whole path / llama_cpp.server, time to first token, 8 clients", ratio, at_most=0.1))
+        bars.append(at_most("whole path / llama_cpp.server, time to first token, 8 clients", ratio, 0.1))
     return bars
-
-
-def _bar(name: str, value: float, **limit: float) -> dict[str, Any]:
-    met = value <= limit["at_most"] if "at_most" in limit else value >= limit["at_least"]
-    return {"name": name, "value": round(value, 3), **limit, "met": met}
 
 
 def table(result: dict[str, Any]) -> str:
