@@ -16,6 +16,7 @@ import trio
 
 from node import VERSION
 from node.datadir import DataDir
+from node.gpus import GpuReport, detect_gpus
 from node.hardware import usable_cpus, usable_ram_bytes
 from node.trust import Pins, resolve_coordinator
 from protocol.errors import ArchipelagError, ConfigError
@@ -42,7 +43,6 @@ def examine(data_dir: str, coordinator: str = "") -> list[Finding]:
         _machine,
         _python,
         _engine,
-        _gpus,
         lambda: _folder(data_dir),
         _cache,
     ]
@@ -91,30 +91,23 @@ def _engine() -> Iterator[Finding]:
     except metadata.PackageNotFoundError:
         yield Finding("fail", "llama-cpp-python is not installed: no GGUF model can run", "make setup")
         return
-    try:
-        from runtimes.gguf.gpu import supports_offload
-
-        offload = supports_offload()
-    except (OSError, ImportError, RuntimeError) as error:
-        yield Finding("fail", f"llama-cpp-python {found} does not load: {error}", "make clean && make setup")
+    report = detect_gpus()
+    if report.problem:
+        yield Finding("fail", f"llama-cpp-python {found} does not work: {report.problem}", "make clean && make setup")
         return
-    yield Finding("ok", f"llama-cpp-python {found}, {'can' if offload else 'cannot'} use a GPU")
+    yield Finding("ok", f"llama-cpp-python {found}, {'can' if report.offload else 'cannot'} use a GPU")
+    yield from _gpus(report)
 
 
-def _gpus() -> Iterator[Finding]:
-    try:
-        from runtimes.gguf.gpu import gpus, supports_offload
-    except ImportError:
-        return  # the engine's own check has said so
-    found = gpus()
-    for device in found:
-        free, total = device.memory_free_bytes / 1024**3, device.memory_total_bytes / 1024**3
-        yield Finding("ok", f"GPU {device.name} ({device.description}): {free:.1f} of {total:.1f} GiB free")
-    if not found:
+def _gpus(report: GpuReport) -> Iterator[Finding]:
+    for gpu, free_bytes in zip(report.gpus, report.free_bytes, strict=True):
+        room = f"{free_bytes / 1024**3:.1f} of {gpu.vram_bytes / 1024**3:.1f} GiB free"
+        yield Finding("ok", f"GPU {gpu.name} ({gpu.backend}): {room}")
+    if not report.gpus:
         hints = {"nvidia-smi": "cuda", "vulkaninfo": "vulkan"}
         tool = next((name for name in hints if shutil.which(name)), None)
         backend = "metal" if sys.platform == "darwin" else hints.get(tool or "", "")
-        advice = f"make setup GPU={backend}" if backend and not supports_offload() else ""
+        advice = f"make setup GPU={backend}" if backend and not report.offload else ""
         yield Finding("note", "no GPU that this build can use; models run on the CPU", advice)
 
 

@@ -15,10 +15,11 @@ import trio
 from node import AGENT
 from node.announce import AdsClient, AdSource, AdsServer, CoordinatorFinder, SignedAd
 from node.bookkeeper import BookKeeper, now_ms
-from node.cargos import CargoSettings, load_cargos
+from node.cargos import ECHO, CargoSettings, load_cargos
 from node.catchup import CatchUp
 from node.control import serve_control
 from node.datadir import PEERS_FILE, DataDir
+from node.gpus import detect_gpus
 from node.hardware import detect
 from node.jobs_served import JobServer, Terms, island_hello
 from node.net.discovery import Discovery
@@ -57,7 +58,6 @@ class IslandConfig:
     ca_file: str | None = None
     ready_file: str | None = None
     memory_offered_bytes: int | None = None
-    gpus: tuple[Gpu, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +149,7 @@ class _Island:
         self._rng = random.Random(secrets.randbits(64))  # jitter must differ between nodes, nothing else depends on it
         self.stop = trio.Event()
         self._serving = False
+        self.gpus: tuple[Gpu, ...] = ()
 
     async def stop_early(self, scope: trio.CancelScope) -> None:
         """Before it serves there is nothing to drain: a signal just ends the start."""
@@ -160,6 +161,11 @@ class _Island:
         config = self._config
         async with AsyncExitStack() as stack:
             cargos = await load_cargos(config.cargos, stack)
+            if set(config.cargos.names) != {ECHO}:  # an Island that only echoes has no use for a GPU
+                report = await trio.to_thread.run_sync(detect_gpus)
+                self.gpus = report.gpus
+                for gpu in report.gpus:
+                    log.info("GPU %s (%s), %.1f GiB", gpu.name, gpu.backend, gpu.vram_bytes / 1024**3)
             log.info("this Island is %s; note: %s", self._key.peer_id, READ_WARNING)
             host = await stack.enter_async_context(open_host(self._key.seed, config.listen))
             finder = CoordinatorFinder(
@@ -216,7 +222,7 @@ class _Service:
         config, key, network = island._config, island._key, island._pins.network
         self._island, self._host, self._config = island, host, config
         self._terms = {name: Terms(cargo, config.asks.get(name, config.default_ask)) for name, cargo in cargos.items()}
-        fixed = _Fixed(key, island._boot, network, detect(island._data.path, config.gpus))
+        fixed = _Fixed(key, island._boot, network, detect(island._data.path, island.gpus))
         self._maker = AdMaker(fixed, config, host, self._terms)
         self._ads = AdSource(self._maker)
         self._keeper = BookKeeper(network, own_peer=key.peer_id)

@@ -1,0 +1,59 @@
+"""What doctor finds, and how it asks for GPUs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from node import doctor
+from node.gpus import GpuReport, detect_gpus
+from protocol.ads import Gpu
+
+
+def test_this_machine_can_run_an_island(tmp_path: Path) -> None:
+    findings = doctor.examine(str(tmp_path / "d"))
+    assert not [finding for finding in findings if finding.state == "fail"], "\n".join(map(str, findings))
+    said = "\n".join(map(str, findings))
+    for word in ("usable cores", "libp2p 0.8.1", "llama-cpp-python", "identity 12D3Koo", "model cache", "GPU"):
+        assert word in said
+
+
+def test_a_coordinator_that_is_not_there(tmp_path: Path) -> None:
+    findings = doctor.examine(str(tmp_path / "d"), "http://127.0.0.1:1")
+    assert findings[-1].state == "fail" and "cannot be reached" in findings[-1].what
+
+
+def test_a_key_that_others_can_read(tmp_path: Path) -> None:
+    doctor.examine(str(tmp_path))
+    (tmp_path / "identity.key").chmod(0o644)
+    assert any(finding.state == "fail" and "chmod 600" in str(finding) for finding in doctor.examine(str(tmp_path)))
+
+
+def test_gpus_that_llama_cpp_lists() -> None:
+    question = 'print(\'{"gpus": [["Big GPU", "cuda", 100, 60]], "offload": true}\')'
+    report = detect_gpus(question)
+    assert report == GpuReport((Gpu("Big GPU", "cuda", 100),), (60,), True)
+    (found,) = doctor._gpus(report)
+    assert found.state == "ok" and "Big GPU" in found.what
+
+
+@pytest.mark.parametrize(
+    ("question", "words"),
+    [
+        ("import os; os.abort()", "status -6"),
+        ("raise OSError('libcuda.so.1: cannot open')", "libcuda.so.1"),
+        ("print('no json')", "no list"),
+        ("print('{}')", "no list"),
+    ],
+)
+def test_a_driver_that_crashes_hurts_nobody(question: str, words: str) -> None:
+    report = detect_gpus(question)
+    assert report.gpus == () and words in report.problem
+
+
+def test_the_hint_for_a_gpu_that_this_build_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None)
+    (found,) = doctor._gpus(GpuReport(offload=False))
+    assert "make setup GPU=cuda" in found.advice
