@@ -63,7 +63,7 @@ class Round:
 class Bare:
     """The batch API and nothing else; holds one context for all rounds, cleared between them."""
 
-    def __init__(self, path: str, threads: int, streams: int) -> None:
+    def __init__(self, path: str, threads: int, streams: int, plain: bool) -> None:
         import llama_cpp.llama_cpp as c
 
         self._c = c
@@ -71,7 +71,9 @@ class Bare:
         self._quiet = quiet  # must outlive the library's use of it
         c.llama_log_set(quiet, ctypes.c_void_p())
         c.llama_backend_init()
-        self._model = c.llama_model_load_from_file(path.encode(), c.llama_model_default_params())
+        weights = c.llama_model_default_params()
+        weights.use_extra_bufts = not plain
+        self._model = c.llama_model_load_from_file(path.encode(), weights)
         parameters = c.llama_context_default_params()
         parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = 512 * streams, 512, 512
         parameters.n_seq_max, parameters.kv_unified = streams, True
@@ -122,20 +124,21 @@ class Bare:
         return Round(tokens * len(numbers) / seconds, firsts, tokens * len(numbers))
 
 
-def _serve_bare(path: str, threads: int, streams: int, pipe: Any) -> None:
+def _serve_bare(path: str, threads: int, streams: int, plain: bool, pipe: Any) -> None:
     """A process of its own, so that its threads rest while others are measured."""
-    bare = Bare(path, threads, streams)
+    bare = Bare(path, threads, streams, plain)
     while (order := pipe.recv()) is not None:
         pipe.send(bare.round(*order))
 
 
 @contextlib.contextmanager
-def bare_engine(path: str, threads: int, streams: int) -> Iterator[Any]:
+def bare_engine(path: str, threads: int, streams: int, plain: bool) -> Iterator[Any]:
     """A function from (numbers, tokens) to a Round."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve_bare, args=(path, threads, streams, theirs), daemon=True)
+    process = context.Process(target=_serve_bare, args=(path, threads, streams, plain, theirs), daemon=True)
     process.start()
+    theirs.close()
 
     def measure(numbers: list[int], tokens: int) -> Round:
         ours.send((numbers, tokens))
@@ -147,6 +150,20 @@ def bare_engine(path: str, threads: int, streams: int) -> Iterator[Any]:
     finally:
         ours.send(None)
         process.join(10)
+
+
+def needs_plain_weights(path: str) -> bool:
+    """Whether llama.cpp's repacked weights crash on this machine, as they do when GCC 12 builds it for a CPU with AMX. The worker
+    finds that out by itself; the others are then measured with plain weights too."""
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_try_repacked, args=(path,))
+    process.start()
+    process.join()
+    return process.exitcode != 0
+
+
+def _try_repacked(path: str) -> None:
+    Bare(path, 1, 2, plain=False).round([1, 2], 2)
 
 
 # -- servers that speak OpenAI's API
@@ -201,8 +218,21 @@ def whole_path(threads: int | None) -> Iterator[Any]:
         yield lambda numbers, tokens: http_round(network.url, key, MODEL, numbers, tokens)
 
 
+_PLAIN_SERVER = """
+import runpy, sys, llama_cpp
+default = llama_cpp.llama_model_default_params
+def plain():
+    params = default()
+    params.use_extra_bufts = False
+    return params
+llama_cpp.llama_model_default_params = plain
+sys.argv[0] = "llama_cpp.server"
+runpy.run_module("llama_cpp.server", run_name="__main__")
+"""
+
+
 @contextlib.contextmanager
-def llama_cpp_server(path: str, threads: int) -> Iterator[Any]:
+def llama_cpp_server(path: str, threads: int, plain: bool) -> Iterator[Any]:
     """``llama_cpp.server`` with the same model and threads; without interrupt_requests False it cuts running answers off."""
     port = 18_431
     command = [
@@ -262,16 +292,16 @@ def _summary(several: list[Round]) -> dict[str, Any]:
     }
 
 
-def _threads_case(path: str, threads: int, rounds: int, with_server: bool) -> dict[str, Any]:
+def _threads_case(path: str, threads: int, rounds: int, plain: bool, with_server: bool) -> dict[str, Any]:
     case: dict[str, Any] = {}
     for streams in STREAMS:
         with contextlib.ExitStack() as stack:
             systems = {
-                "bare engine": stack.enter_context(bare_engine(path, threads, streams)),
+                "bare engine": stack.enter_context(bare_engine(path, threads, streams, plain)),
                 "whole path": stack.enter_context(whole_path(threads)),
             }
             if with_server:
-                systems["llama_cpp.server"] = stack.enter_context(llama_cpp_server(path, threads))
+                systems["llama_cpp.server"] = stack.enter_context(llama_cpp_server(path, threads, plain))
             case[str(streams)] = _measure(systems, streams, rounds)
     return case
 
@@ -280,13 +310,21 @@ def run(quick: bool = False) -> dict[str, Any]:
     """All figures; a dict fit for JSON."""
     path = str(ModelStore().fetch(MODEL).path)
     cores = len(os.sched_getaffinity(0))
-    rounds = 3 if quick else 7
+    rounds = 2 if quick else 7
     with_server = _SERVER.exists()
+    plain = needs_plain_weights(path)
     cases = {
-        str(threads): _threads_case(path, threads, rounds, with_server and threads == cores)
+        str(threads): _threads_case(path, threads, rounds, plain, with_server and threads == cores)
         for threads in sorted({1, cores})
     }
-    result = {"bench": "chat", "model": MODEL, "tokens": TOKENS, "cores": cores, "threads": cases}
+    result = {
+        "bench": "chat",
+        "model": MODEL,
+        "tokens": TOKENS,
+        "cores": cores,
+        "plain_weights": plain,
+        "threads": cases,
+    }
     return result | {"bars": _bars(cases, cores, with_server)}
 
 
