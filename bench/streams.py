@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -213,7 +214,13 @@ def run(quick: bool = False) -> dict[str, Any]:
         measured = trio.run(_measure, server, quick)
     ours_ms, ours_mb_s = measured["echo_ms_p50"]["64 B"]["ours"], measured["one_way_mb_s"]["ours"]
     bars = {"64 B echo at most 0.5 ms": ours_ms <= 0.5, "one way at least 400 MB/s": ours_mb_s >= 400}
-    return {"bench": "streams", "python": platform.python_version(), **measured, "bars": bars}
+    return {
+        "bench": "streams",
+        "python": platform.python_version(),
+        "load_average_1min": round(os.getloadavg()[0], 2),  # both ends want a core each: on a busy machine look at the ratio
+        **measured,
+        "bars": bars,
+    }
 
 
 def table(result: dict[str, Any]) -> str:
