@@ -45,6 +45,7 @@ class BookKeeper:
         self.book = Book(network)
         self.own_peer = own_peer
         self.refute: Callable[[], object] = lambda: None  # called when somebody says that we are gone
+        self.met: Callable[[Ad], object] = lambda ad: None  # called for each ad of another that is news
         self._clock_ms = clock_ms
         self._changed = trio.Event()
         self._seen: OrderedDict[bytes, Outcome] = OrderedDict()
@@ -74,8 +75,7 @@ class BookKeeper:
         try:
             event = self._read(envelope)
             outcome = self._apply(event)
-            if isinstance(event, LostHeard) and event.lost.peer == self.own_peer and outcome is Outcome.CHANGED:
-                self.refute()
+            self._tell(event, outcome)
         except RemoteProtocolError as error:
             outcome = Outcome.REFUSED
             log.debug("refused gossip: %s", error)
@@ -113,6 +113,14 @@ class BookKeeper:
             self._changed.set()
             self._changed = trio.Event()
         return outcome
+
+    def _tell(self, event: Event, outcome: Outcome) -> None:
+        if outcome is not Outcome.CHANGED:
+            return
+        if isinstance(event, LostHeard) and event.lost.peer == self.own_peer:
+            self.refute()
+        elif isinstance(event, AdHeard) and event.ad.peer != self.own_peer:
+            self.met(event.ad)
 
     def _count(self, outcome: Outcome) -> None:
         self._stale += outcome is Outcome.STALE

@@ -118,7 +118,9 @@ class _Coordinator:
             nursery.start_soon(self._spreader.run)
             nursery.start_soon(self._watch_peers, port)
             nursery.start_soon(CatchUp(self._host, self._keeper, self._hello, self._rng).run)
-            await nursery.start(self._discovery().run)
+            discovery = self._discovery()
+            self._keeper.met = lambda ad: discovery.learn(ad.peer, ad.addresses)
+            await nursery.start(discovery.run)
             await nursery.start(serve_control, self._data, {"status": self.status, "peers": self.peers})
             salt = self._data.secret("salt")
             async with open_coordinator(

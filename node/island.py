@@ -172,9 +172,10 @@ class _Island:
                 host, self._pins, (*config.coordinators, *config.bootstrap), self._hello, config.ca_file
             )
             async with trio.open_nursery() as nursery:
-                await nursery.start(self._discovery(host, finder).run)
+                discovery = self._discovery(host, finder)
+                await nursery.start(discovery.run)
                 await self._join(finder)
-                await _Service(self, host, finder, cargos).run()
+                await _Service(self, host, finder, cargos, discovery).run()
                 nursery.cancel_scope.cancel()
 
     def _discovery(self, host: Host, finder: CoordinatorFinder) -> Discovery:
@@ -217,7 +218,12 @@ class _Service:
     """What runs once the network is known."""
 
     def __init__(
-        self, island: _Island, host: Host, finder: CoordinatorFinder, cargos: Mapping[str, LoadedCargo]
+        self,
+        island: _Island,
+        host: Host,
+        finder: CoordinatorFinder,
+        cargos: Mapping[str, LoadedCargo],
+        discovery: Discovery,
     ) -> None:
         config, key, network = island._config, island._key, island._pins.network
         self._island, self._host, self._config = island, host, config
@@ -227,6 +233,7 @@ class _Service:
         self._ads = AdSource(self._maker)
         self._keeper = BookKeeper(network, own_peer=key.peer_id)
         self._keeper.refute = self._ads.fresh
+        self._keeper.met = lambda ad: discovery.learn(ad.peer, ad.addresses)
         self._guard = TicketGuard(key.peer_id, island._boot, network)
         self._jobs = JobServer(key, self._guard, network, self._terms, island._hello)
         self._spreader = Spreader(host, network, self._keeper)
