@@ -71,7 +71,7 @@ class _Client(asyncio.Protocol):
         done = len(self._buffer) >= self._expected if self._expected > 0 else self._buffer.endswith(b"\r\n0\r\n\r\n")
         if not self._expected or not done:
             return
-        self._load.done(time.perf_counter() - self._sent_s, self._buffer.startswith(b"HTTP/1.1 200"))
+        self._load.done(time.perf_counter() - self._sent_s, bytes(self._buffer))
         self._buffer.clear()
         self._expected = 0
         self._next()
@@ -96,15 +96,18 @@ class _Load:
         self._left, self._open = count, clients
         self.times_s: list[float] = []
         self.failed = 0
+        self.failure = b""
         self.ended = asyncio.Event()
 
     def take(self) -> bool:
         self._left -= 1
         return self._left >= 0
 
-    def done(self, seconds: float, good: bool) -> None:
+    def done(self, seconds: float, answer: bytes) -> None:
         self.times_s.append(seconds)
-        self.failed += not good
+        if not answer.startswith(b"HTTP/1.1 200") or b'"error"' in answer:
+            self.failed += 1
+            self.failure = answer
 
     def closed(self) -> None:
         self._open -= 1
@@ -126,7 +129,11 @@ async def _drive(target: Target, clients: int, count: int, stream: bool) -> dict
     await load.ended.wait()
     took_s = time.perf_counter() - started_s
     if load.failed or len(load.times_s) != count:
-        raise RuntimeError(f"{target.name}: {load.failed} of {count} requests failed, {count - len(load.times_s)} lost")
+        lost = count - len(load.times_s)
+        text = load.failure.decode(errors="replace")
+        raise RuntimeError(
+            f"{target.name}: {load.failed} of {count} requests failed, {lost} lost; the last failure: {text}"
+        )
     ordered = sorted(load.times_s)
     return {
         "requests_per_s": round(count / took_s, 1),

@@ -99,13 +99,16 @@ class _Progress:
     engines: list[str] = field(default_factory=list)
     attempts: int = 0
     workers_ended: int = 0
-    opened: bool = False
+    opened: bool = False  # whether this attempt got as far as the Island
+    served: bool = False  # whether it has brought anything
     full_rest_s: float = limits.NO_CAPACITY_REST_S
     full_since_s: float | None = None
     price_micros: int = 0
     last_refusal: Refused | None = None
 
-    def served_by(self, island: str, engine: str) -> None:
+    def serve(self, island: str, engine: str) -> None:
+        """The Island of this attempt has written a part of the answer."""
+        self.served = True
         if not self.islands or self.islands[-1] != island:
             self.islands.append(island)
         if engine not in self.engines:
@@ -234,18 +237,20 @@ class Dispatcher:
         payload = GENERATION.encode(replace(request, resume=resume) if resume else request)
         ticket = self._issuer.issue(spec.job_id, candidate, request.max_tokens, spec.cache_salt)
         progress.attempts += 1
-        progress.opened = False
+        progress.opened = progress.served = False
         self.statistics.attempts += 1
         async with self._port.run_job(candidate.island, ticket, payload) as run:
             progress.opened = True
             return await self._follow(run, progress, candidate, emit)
 
     async def _follow(self, run: JobRun, progress: _Progress, candidate: Candidate, emit: Emit) -> ChoiceResult:
-        """Passes on what an Island sends, until it is done."""
+        """Passes on what an Island sends, to the end of it: a generator that is left early costs trio a task to close it."""
         index, engine = progress.index, candidate.offer.engine
+        done: JobDone | None = None
         async for message in run:
             if isinstance(message, JobChunk):
-                progress.served_by(candidate.island, engine)
+                if not progress.served:
+                    progress.serve(candidate.island, engine)
                 progress.tokens += message.tokens
                 if message.text or message.logprobs:
                     await emit(Text(index, message.text, read_logprobs(message.logprobs)))
@@ -255,11 +260,14 @@ class Dispatcher:
                 self._note_takeover(progress, engine)
                 await emit(Accepted(index, candidate.island, engine, trio.current_time() - progress.started_s))
             else:
-                progress.served_by(candidate.island, engine)
-                if message.text:
-                    await emit(Text(index, message.text))
-                return _result(progress, message)
-        raise Refused(Code.LINK_LOST, "the Island's stream ended before the job did")
+                done = message
+        if done is None:
+            raise Refused(Code.LINK_LOST, "the Island's stream ended before the job did")
+        if not progress.served:
+            progress.serve(candidate.island, engine)
+        if done.text:
+            await emit(Text(index, done.text))
+        return _result(progress, done)
 
     def _note_takeover(self, progress: _Progress, engine: str) -> None:
         if progress.attempts == 1:
