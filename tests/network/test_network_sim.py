@@ -156,6 +156,7 @@ def test_a_newcomer_is_told_of_the_dead_before_it_can_be_lied_to() -> None:
     victim = network.islands()[5]
     network.kill(victim)
     network.run_until(gone(network, victim.peer), 60)
+    network.run_for(10)  # gossip has long stopped to repeat it
     newcomer = network.join()
     network.run_for(1)
     network.inject(newcomer, victim.sent[0])
@@ -168,6 +169,7 @@ def test_a_newcomer_that_was_lied_to_is_set_right() -> None:
     victim = network.islands()[5]
     network.kill(victim)
     network.run_until(gone(network, victim.peer), 60)
+    network.run_for(10)  # gossip has long stopped to repeat it
     newcomer = network.join(catch_up=False)
     network.inject(newcomer, victim.sent[0])
     assert victim.peer in newcomer.book.entries, "it cannot know better yet"
