@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON_MIN = (3, 11)
 TICK_S = 10.0
+AMX_REPAIR = ROOT / ".ci" / "amx_tile_config.h"
 EXTRAS = "options.extras_require"
 LEVELS = {"core": ["gguf"], "test": ["gguf", "test"]}
 GPU_BUILDS = {
@@ -165,15 +167,22 @@ def make_main(level: str, gpu: str, venv: Path) -> None:
         if problems:
             raise SetupError("\n       ".join(["something is missing:", *problems]))
         make_venv(venv)
+        if gpu != stamp.get("gpu", "cpu"):
+            build_llama(venv, gpu)  # before the rest, which then finds it there and does not compile it for the CPU first
         print("Installing Archipelag and what it needs." + ("" if has_llama(venv) else COMPILE_NOTE), flush=True)
         target = f"{ROOT}[{','.join(LEVELS[level])}]"
-        pip_install(venv, ["--editable", target], {})
-        if gpu != stamp.get("gpu", "cpu"):
-            build_llama(venv, gpu)
+        pip_install(venv, ["--editable", target], {"CMAKE_ARGS": cmake_args(venv)})
+        drop_old_stubs(venv)
         stamp_path.write_text(json.dumps(wanted))
         print(f"Ready: {venv.name}/bin/archipelag-node", flush=True)
     if level == "test":
         check_test_programs()
+
+
+def drop_old_stubs(venv: Path) -> None:
+    """trio-typing 0.10, which libp2p 0.8.1 imports, also brings stubs of trio 0.22, which type checkers prefer to trio's own types."""
+    for folder in venv.glob("lib/python*/site-packages/trio-stubs"):
+        shutil.rmtree(folder)
 
 
 def has_llama(venv: Path) -> bool:
@@ -181,12 +190,23 @@ def has_llama(venv: Path) -> bool:
 
 
 def build_llama(venv: Path, gpu: str) -> None:
-    """Compile llama.cpp again for a GPU (or back for the CPU). pip's cache is left out: it does not tell builds apart."""
+    """Compile llama.cpp for a GPU (or back for the CPU). pip's cache is left out: it does not tell builds apart."""
     requirement = next(line for line in requirements(EXTRAS, "gguf") if line.startswith("llama-cpp-python"))
     flags = GPU_BUILDS[gpu][0] if gpu in GPU_BUILDS else ""
     arguments = ["--force-reinstall", "--no-deps", "--no-cache-dir", "--no-binary=llama-cpp-python", requirement]
     print(f"Compiling llama.cpp for GPU={gpu}. With a GPU this takes 10 minutes and more.", flush=True)
-    pip_install(venv, arguments, {"CMAKE_ARGS": f"{os.environ.get('CMAKE_ARGS', '')} {flags}".strip()})
+    pip_install(venv, arguments, {"CMAKE_ARGS": cmake_args(venv, flags)})
+
+
+def cmake_args(venv: Path, flags: str = "") -> str:
+    """What llama.cpp is built with: the user's CMAKE_ARGS, our repair for AMX unless they set C++ flags, and ``flags``."""
+    chosen = os.environ.get("CMAKE_ARGS", "")
+    repair = ""
+    if platform.machine() == "x86_64" and "CMAKE_CXX_FLAGS" not in chosen and " " not in str(venv):
+        header = venv / AMX_REPAIR.name
+        shutil.copyfile(AMX_REPAIR, header)
+        repair = f"-DCMAKE_CXX_FLAGS=-include{header}"
+    return " ".join(filter(None, (chosen, repair, flags)))
 
 
 def make_bench(venv: Path) -> None:
@@ -197,7 +217,7 @@ def make_bench(venv: Path) -> None:
         return
     make_venv(venv)
     print("Installing the servers to compare with (LiteLLM's proxy, llama_cpp.server).", flush=True)
-    pip_install(venv, requirements(EXTRAS, "bench"), {})
+    pip_install(venv, requirements(EXTRAS, "bench"), {"CMAKE_ARGS": cmake_args(venv)})
     stamp_path.write_text(json.dumps(wanted))
 
 

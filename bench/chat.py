@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -219,13 +220,14 @@ def whole_path(threads: int | None) -> Iterator[Any]:
 
 
 _PLAIN_SERVER = """
-import runpy, sys, llama_cpp
-default = llama_cpp.llama_model_default_params
+import runpy, sys
+import llama_cpp.llama_cpp as low
+default = low.llama_model_default_params
 def plain():
     params = default()
     params.use_extra_bufts = False
     return params
-llama_cpp.llama_model_default_params = plain
+low.llama_model_default_params = plain
 sys.argv[0] = "llama_cpp.server"
 runpy.run_module("llama_cpp.server", run_name="__main__")
 """
@@ -303,6 +305,7 @@ def _threads_case(path: str, threads: int, rounds: int, plain: bool, with_server
             if with_server:
                 systems["llama_cpp.server"] = stack.enter_context(llama_cpp_server(path, threads, plain))
             case[str(streams)] = _measure(systems, streams, rounds)
+            print(f"  {threads} threads, {streams} streams: {json.dumps(case[str(streams)])}", file=sys.stderr, flush=True)
     return case
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import configparser
+import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -48,6 +50,14 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
         return folder
 
     return add
+
+
+def compiler_says(*arguments: str, text: str = "") -> str:
+    """What g++ prints; nothing where there is none."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        return ""
+    return subprocess.run([compiler, *arguments], input=text, capture_output=True, text=True, check=False).stdout
 
 
 def run_make(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -176,7 +186,7 @@ def installs(environment: Any, monkeypatch: pytest.MonkeyPatch) -> Installs:
 
 def test_a_second_run_does_nothing(environment: Any, installs: Installs, tmp_path: Path) -> None:
     environment.make_main("core", "", tmp_path)
-    assert installs.calls == [(["--editable", f"{ROOT}[gguf]"], {})]
+    assert [arguments for arguments, _ in installs.calls] == [["--editable", f"{ROOT}[gguf]"]]
     environment.make_main("core", "", tmp_path)
     assert len(installs.calls) == 1
 
@@ -200,19 +210,55 @@ def test_changed_dependencies_are_installed(
 def test_a_gpu_build_is_forced_kept_and_can_be_undone(
     environment: Any, installs: Installs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CMAKE_ARGS", "-DX=1")
+    monkeypatch.setenv("CMAKE_ARGS", "-DCMAKE_CXX_FLAGS=-O2")
     environment.make_main("core", "", tmp_path)
     installs.calls.clear()
     environment.make_main("core", "cuda", tmp_path)
-    arguments, extra = installs.calls[1]
+    arguments, extra = installs.calls[0]
     assert {"--force-reinstall", "--no-cache-dir", "--no-deps", "--no-binary=llama-cpp-python"} < set(arguments)
     assert arguments[-1].startswith("llama-cpp-python>=")
-    assert extra == {"CMAKE_ARGS": "-DX=1 -DGGML_CUDA=on"}
+    assert extra == {"CMAKE_ARGS": "-DCMAKE_CXX_FLAGS=-O2 -DGGML_CUDA=on"}
     installs.calls.clear()
     environment.make_main("core", "", tmp_path)
     assert installs.calls == [], "a plain setup keeps the GPU build"
     environment.make_main("core", "cpu", tmp_path)
-    assert installs.calls[1][1] == {"CMAKE_ARGS": "-DX=1"}
+    assert installs.calls[0][1] == {"CMAKE_ARGS": "-DCMAKE_CXX_FLAGS=-O2"}
+
+
+def test_the_repair_for_amx_comes_with_every_build(
+    environment: Any, installs: Installs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment.platform, "machine", lambda: "x86_64")
+    monkeypatch.setenv("CMAKE_ARGS", "-DX=1")
+    environment.make_main("core", "", tmp_path)
+    header = tmp_path / "amx_tile_config.h"
+    assert installs.calls[0][1] == {"CMAKE_ARGS": f"-DX=1 -DCMAKE_CXX_FLAGS=-include{header}"}
+    assert header.read_bytes() == environment.AMX_REPAIR.read_bytes()
+    monkeypatch.setattr(environment.platform, "machine", lambda: "arm64")
+    assert environment.cmake_args(tmp_path) == "-DX=1"
+
+
+_TILES = """
+#include <immintrin.h>
+struct Tiles { unsigned char palette, start, rest[14]; unsigned short columns[16]; unsigned char rows[16]; };
+void load(int rows) {
+  struct Tiles tiles = {1};
+  for (int i = 0; i < 8; i++) { tiles.columns[i] = 64; tiles.rows[i] = rows; }
+  _tile_loadconfig(&tiles);
+}
+"""
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or "Free Software" not in compiler_says("--version"), reason="a fault of GCC on x86-64"
+)
+def test_gcc_keeps_the_tile_configuration_only_with_the_repair(environment: Any) -> None:
+    """With a GCC where both give the same count, the fault is mended and the header can go once no older one is supported."""
+
+    def stores(*flags: str) -> int:
+        return compiler_says("-O2", "-mamx-tile", *flags, "-S", "-o", "-", "-xc++", "-", text=_TILES).count("mov")
+
+    assert stores() < stores("-include", str(environment.AMX_REPAIR))
 
 
 def test_a_failed_install_leaves_no_stamp(
@@ -234,6 +280,16 @@ def test_a_stamp_that_makes_no_sense_is_no_stamp(
     (tmp_path / "archipelag-setup.json").write_text(stamp)
     environment.make_main("core", "", tmp_path)
     assert len(installs.calls) == 1
+
+
+def test_old_stubs_of_trio_are_dropped(environment: Any, tmp_path: Path) -> None:
+    """Once trio-typing brings them no longer, drop_old_stubs can go."""
+    files = importlib.metadata.files("trio-typing") or ()
+    assert any(file.parts[0] == "trio-stubs" for file in files)
+    stubs = tmp_path / "lib" / "python3.11" / "site-packages" / "trio-stubs"
+    stubs.mkdir(parents=True)
+    environment.drop_old_stubs(tmp_path)
+    assert not stubs.exists()
 
 
 # Programs for tests

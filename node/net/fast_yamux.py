@@ -62,6 +62,7 @@ _MERGE_BELOW_BYTES = 512
 _GOODBYE_S = 0.5
 _MEASURE_S = 30.0
 _MERGED_BYTES_MAX = 64 * 1024
+_CLOSED_HERE = "closed on this side"
 _SECOND_LOOK_S = 0.5  # after this process itself was frozen, what had arrived meanwhile is read first
 
 
@@ -306,6 +307,7 @@ class FastYamux(IMuxedConn):
         self.event_started = trio.Event()
         self.event_closed = trio.Event()
         self.lost_reason: str | None = None
+        self._closing = False
         self.round_trip_s: float | None = None
         self._session = conn
         self._owner = conn.owner
@@ -366,6 +368,8 @@ class FastYamux(IMuxedConn):
         """The connection is over: the socket is closed, streams are lost, tasks end. Never waits, never fails."""
         if self.lost_reason is not None:
             return
+        if self._closing and not violation:
+            reason = _CLOSED_HERE  # the peer heard our goodbye and may be the first to close the socket
         self.lost_reason = reason
         if violation:
             self._owner.counters.connections_broken += 1
@@ -392,6 +396,7 @@ class FastYamux(IMuxedConn):
     async def close(self, error_code: int = 0) -> None:
         """Says goodbye if that goes quickly, then closes; a write that hangs ends with the socket."""
         if self.lost_reason is None:
+            self._closing = True
             self.send_control(_frame(_GO_AWAY, 0, 0, error_code))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._flush_control)
@@ -400,7 +405,7 @@ class FastYamux(IMuxedConn):
                         while self._control and self.lost_reason is None:
                             await self._flushed.park()
                 finally:
-                    self.lose("closed on this side")
+                    self.lose(_CLOSED_HERE)
         if self._scope is None:
             self.event_closed.set()
         await trio.lowlevel.checkpoint()

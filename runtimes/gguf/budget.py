@@ -1,4 +1,4 @@
-"""How the memory that an Island offers is divided: weights, compute buffers, and the rest is KV cells.
+"""How the memory that an Island offers is divided: weights, compute buffers, KV cells, and prefixes of conversations outside the cells.
 
 Pure. Sizes in bytes.
 """
@@ -13,6 +13,9 @@ CELLS_STEP = 256  # llama.cpp pads the cache to this
 CELLS_DEFAULT = 16_384  # without a limit: room for 16 default answers
 FREE_SHARE = 0.25  # without a limit the cache takes at most this share of the memory that is free
 PROCESS_BYTES = 160 * 1024 * 1024  # interpreter, libraries, logits: measured 150 MB beside weights and buffers
+SHELF_SHARE = 0.2  # of the room for KV within a limit
+SHELF_FROM_CELLS = 4096
+SHELF_FREE_SHARE = 0.05
 VRAM_RESERVE_BYTES = 512 * 1024 * 1024  # for the desktop and the driver
 
 
@@ -40,7 +43,8 @@ def kv_cells(
     """
     overhead = weights_bytes + compute_bytes + PROCESS_BYTES
     if limit_bytes:
-        room = (limit_bytes - overhead) // bytes_per_token
+        room_bytes = limit_bytes - overhead
+        room = (room_bytes - _shelf_share(room_bytes, bytes_per_token)) // bytes_per_token
         cells = min(room, max(CELLS_DEFAULT, context_tokens) * 4)
         where = f"--memory-limit {limit_bytes}"
     else:
@@ -52,6 +56,18 @@ def kv_cells(
         least = overhead + CELLS_STEP * bytes_per_token
         raise ConfigError(f"{where} cannot hold this model: it needs at least {least} bytes; offer more or choose a smaller model")
     return int(cells)
+
+
+def _shelf_share(room_bytes: int, bytes_per_token: int) -> int:
+    """What is left to shelved prefixes of the room for KV; nothing where cells are scarce."""
+    return int(room_bytes * SHELF_SHARE) if room_bytes >= SHELF_FROM_CELLS * bytes_per_token else 0
+
+
+def shelf_bytes(limit_bytes: int, used_bytes: int, kv_bytes: int, free_bytes: int) -> int:
+    """For prefixes outside the cells: what a limit leaves beside ``used_bytes`` (weights, buffers, process and ``kv_bytes`` of cells), or a
+    share of the free memory; never more than twice the cells."""
+    room = limit_bytes - used_bytes if limit_bytes else int(free_bytes * SHELF_FREE_SHARE)
+    return max(0, min(room, 2 * kv_bytes))
 
 
 def gpu_layers(layers: int, weights_bytes: int, kv_bytes: int, compute_bytes: int, vram_free_bytes: int) -> int:

@@ -11,7 +11,9 @@ room is bounded and one slow reader never holds up the others.
 
 from __future__ import annotations
 
+import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -37,7 +39,6 @@ from runtimes.gguf.messages import (
     Ended,
     Load,
     LoadFailed,
-    Output,
     Ready,
     Rejected,
     Room,
@@ -48,7 +49,7 @@ from runtimes.gguf.messages import (
 _READ_BYTES = 256 * 1024
 _KEPT_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "VIRTUAL_ENV", "SYSTEMROOT")
 _KEPT_PREFIXES = ("CUDA_", "NVIDIA_", "GGML_", "VK_", "HIP_", "ROCR_", "HSA_", "OMP_", "GOMP_")
-_HEALTHY_S = 10.0  # a worker that lived so long starts the pauses anew
+_HEALTHY_S = 10.0  # a worker that served so long starts the pauses anew
 
 
 def default_threads() -> int:
@@ -87,7 +88,8 @@ class _Run:
         return self.finished is not None or self.refusal is not None
 
     def wake(self) -> None:
-        self.admitted.set() if self.is_over else None
+        if self.is_over:
+            self.admitted.set()
         self.changed.set()
 
     async def __aiter__(self) -> AsyncIterator[Chunk | Finished]:
@@ -103,20 +105,32 @@ class _Run:
             await self.changed.wait()
 
     def _joined(self) -> Chunk:
-        """The chunks that wait, as one; at most CHUNK_TOKENS_MAX tokens."""
-        first = self.chunks.popleft()
-        if not self.chunks:
-            return first
-        parts, size = [first], len(first.tokens)
-        while self.chunks and size < 4 * limits.CHUNK_TOKENS_MAX:
+        """The chunks that wait, as one; at most CHUNK_TOKENS_MAX tokens, and no more than a JobChunk can carry."""
+        parts = [self.chunks.popleft()]
+        sizes = _sizes(parts[0])
+        while self.chunks:
+            more = _sizes(self.chunks[0])
+            sizes = (sizes[0] + more[0], sizes[1] + more[1], sizes[2] + more[2])
+            if any(size > most for size, most in zip(sizes, _chunk_limits(), strict=True)):
+                break
             parts.append(self.chunks.popleft())
-            size += len(parts[-1].tokens)
+        if len(parts) == 1:
+            return parts[0]
         entries = [part.logprobs[1:-1] for part in parts if part.logprobs]
         return Chunk(
             tokens=b"".join(part.tokens for part in parts),
             text="".join(part.text for part in parts),
             logprobs=b"[" + b",".join(entries) + b"]" if entries else b"",
         )
+
+
+def _sizes(chunk: Chunk) -> tuple[int, int, int]:
+    """Bytes of tokens, text and logprobs."""
+    return len(chunk.tokens), len(chunk.text.encode()), len(chunk.logprobs)
+
+
+def _chunk_limits() -> tuple[int, int, int]:
+    return 4 * limits.CHUNK_TOKENS_MAX, limits.JOB_CHUNK_TEXT_BYTES_MAX, limits.JOB_CHUNK_LOGPROBS_BYTES_MAX
 
 
 class _Worker:
@@ -128,6 +142,8 @@ class _Worker:
         self._outgoing: deque[bytes] = deque()
         self._outgoing_changed = trio.Event()
         self.heard_s = trio.current_time()
+        self.ready_s = math.inf
+        self.has_stalled = False
 
     def __repr__(self) -> str:
         return f"<worker {self.process.pid}>"
@@ -163,27 +179,46 @@ class _Worker:
         """Ends the process, at once where it does not end by itself, and returns its code."""
         with trio.CancelScope(shield=True):
             await self._stream.aclose()
+            if self.has_stalled:
+                self.process.kill()
             with trio.move_on_after(limits.WORKER_EXIT_S):
                 while self.process.poll() is None:
                     await trio.sleep(0.01)
             self.process.kill()
-            return await trio.to_thread.run_sync(self.process.wait)
+            code: int = await trio.to_thread.run_sync(self.process.wait)
+        return code
+
+
+def worker_command(descriptor: int) -> list[str]:
+    """The program that is given this end of the socket pair."""
+    return [sys.executable, "-P", "-m", "runtimes.gguf.worker", str(descriptor), str(os.getpid())]
 
 
 def _spawn() -> _Worker:
-    """Starts a worker. Not in a thread: the kernel ends a worker together with the thread that started it."""
+    """Starts a worker. Not in a thread: the kernel ends a worker together with the thread that started it. Raises OSError."""
     ours, theirs = socket.socketpair()
+    ours.setblocking(False)
     with theirs:
-        ours.setblocking(False)
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "runtimes.gguf.worker", str(theirs.fileno()), str(os.getpid())],
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env=worker_environment(),
-            cwd="/",
-        )
+        try:
+            process = subprocess.Popen(
+                worker_command(theirs.fileno()),
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=worker_environment(),
+                cwd="/",
+            )
+        except OSError:
+            ours.close()
+            raise
     return _Worker(process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+
+
+def pause_after(pause_s: float, served_s: float) -> float:
+    """Seconds to wait before the next start: twice the last pause, unless the worker that ended has served well in between."""
+    if served_s >= _HEALTHY_S:
+        return limits.WORKER_RESTART_MIN_S
+    return min(max(2 * pause_s, limits.WORKER_RESTART_MIN_S), limits.WORKER_RESTART_MAX_S)
 
 
 class GgufCargo:
@@ -248,6 +283,8 @@ class GgufCargo:
         worker = self._worker
         if worker is None:
             raise Refused(Code.WORKER_DIED, "the engine is being restarted")
+        if not self._is_busy():
+            worker.heard_s = trio.current_time()  # what was silent so far had nothing to say
         self._numbers += 1
         run = self._runs[self._numbers] = _Run(self._numbers)
         try:
@@ -274,23 +311,28 @@ class GgufCargo:
 
     async def supervise(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keeps a worker alive until closed. Raises ConfigError when the first one cannot load the model."""
-        pause_s = limits.WORKER_RESTART_MIN_S
+        pause_s = 0.0
         try:
             with self._scope:
                 while True:
-                    started = trio.current_time()
-                    await self._live(task_status if self._ready is None else None)
-                    if trio.current_time() - started > _HEALTHY_S:
-                        pause_s = limits.WORKER_RESTART_MIN_S
+                    served_s = await self._live(task_status if self._ready is None else None)
+                    pause_s = pause_after(pause_s, served_s)
                     await trio.sleep(pause_s)
-                    pause_s = min(2 * pause_s, limits.WORKER_RESTART_MAX_S)
                     self.restarts += 1
         finally:
             self._closed.set()
 
-    async def _live(self, task_status: trio.TaskStatus[None] | None) -> None:
-        """One life of a worker: spawn, load, serve, bury. ``task_status`` is given in the first one, whose failure is the caller's."""
-        worker = _spawn()
+    async def _live(self, task_status: trio.TaskStatus[None] | None) -> float:
+        """One life of a worker: spawn, load, serve, bury. Returns the seconds in which it served.
+
+        ``task_status`` is given until one has served; a failure before that is the caller's.
+        """
+        try:
+            worker = _spawn()
+        except OSError as error:
+            if task_status is None:
+                return 0.0
+            raise ConfigError(f"the engine's process could not be started ({error}); free memory or end other processes") from error
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._write, worker, nursery.cancel_scope)
@@ -302,16 +344,26 @@ class GgufCargo:
             code = await worker.end()
             self._bury(code)
         if self._ready is None:
-            self._try_plain(code)
+            self._try_plain(code, worker.has_stalled)
+        return max(0.0, trio.current_time() - worker.ready_s)
 
-    def _try_plain(self, code: int) -> None:
-        """The first load ended without a word: by a signal, the build's kernels may be at fault, so the next one does without them.
+    def _try_plain(self, code: int, has_stalled: bool) -> None:
+        """The first load ended without a word: by a crash, the build's kernels may be at fault, so the next one does without them.
+
+        Raises ConfigError where that is no help.
 
         Seen: llama.cpp built by GCC 12 on a CPU with AMX crashes at its first batch of two rows, since the compiler drops the stores of
         the tile configuration.
         """
-        if code >= 0 or self._order.plain:
-            raise ConfigError(f"the worker for {self._order.name} ended with code {code} while loading {self._order.path}")
+        path = self._order.path
+        if has_stalled:
+            raise ConfigError(f"{path} was not loaded after {limits.WORKER_LOAD_TIMEOUT_S:.0f} s; use a faster disk or a smaller model")
+        if code in (-signal.SIGKILL, -signal.SIGTERM):
+            raise ConfigError(f"the engine was killed while it loaded {path}, as for want of memory; free some or use a smaller model")
+        if code >= 0:
+            raise ConfigError(f"the engine gave up with code {code} while it loaded {path}; what it wrote says why; try `make setup`")
+        if self._order.plain:
+            raise ConfigError(f"the engine crashed twice ({_signal_name(code)}) on {path}; it may be damaged: delete it and fetch it again")
         self._order = replace(self._order, plain=True)
 
     async def _write(self, worker: _Worker, scope: trio.CancelScope) -> None:
@@ -323,13 +375,17 @@ class GgufCargo:
     async def _watch(self, worker: _Worker, scope: trio.CancelScope) -> None:
         """Ends a worker that has jobs, or is loading, and says nothing."""
         while True:
-            limit_s = limits.WORKER_STALL_S if self._worker is worker else limits.WORKER_LOAD_TIMEOUT_S
-            await trio.sleep(limit_s / 10)
-            if (self._runs or self._worker is not worker) and trio.current_time() - worker.heard_s > limit_s:
+            await trio.sleep(limits.WORKER_STALL_S / 10)
+            is_loading = self._worker is not worker
+            limit_s = limits.WORKER_LOAD_TIMEOUT_S if is_loading else limits.WORKER_STALL_S
+            if (is_loading or self._is_busy()) and trio.current_time() - worker.heard_s > limit_s:
+                worker.has_stalled = True
                 scope.cancel()
                 return
-            if not self._runs and self._worker is worker:
-                worker.heard_s = trio.current_time()
+
+    def _is_busy(self) -> bool:
+        """Whether the worker owes someone an answer. A reader that is slow to fetch a finished one is not waiting for it."""
+        return any(not run.is_over for run in self._runs.values())
 
     async def _serve(self, worker: _Worker, task_status: trio.TaskStatus[None] | None) -> None:
         worker.send_nowait(self._order)
@@ -352,14 +408,16 @@ class GgufCargo:
             self._room = message
             self._notify()
         elif isinstance(message, Ready):
-            self._ready, self._worker = message, worker
+            self._ready, self._worker, worker.ready_s = message, worker, trio.current_time()
             self._room = Room(message.kv_tokens, message.slots, 0, message.tokens_per_s)
             self._notify()
+        elif not isinstance(message, Admitted | Ended | Rejected):
+            raise RemoteProtocolError(f"a worker does not say {type(message).__name__}")
         elif (run := self._runs.get(message.job)) is not None:
             self._tell(run, message)
 
     def _hand_out(self, step: Step) -> None:
-        tokens, at = bytes(step.tokens), 0
+        tokens, at = step.tokens, 0
         for output in step.outputs:
             end = at + 4 * output.count
             run = self._runs.get(output.job)
@@ -368,7 +426,7 @@ class GgufCargo:
                 run.wake()
             at = end
 
-    def _tell(self, run: _Run, message: Admitted | Ended | Rejected | Output) -> None:
+    def _tell(self, run: _Run, message: Admitted | Ended | Rejected) -> None:
         if isinstance(message, Admitted):
             run.prompt_tokens, run.cached_tokens = message.prompt_tokens, message.cached_tokens
             run.admitted.set()
@@ -384,7 +442,7 @@ class GgufCargo:
                 decode_s=message.decode_s,
             )
             run.wake()
-        elif isinstance(message, Rejected):
+        else:
             run.refusal = Refused(message.code, message.message)
             run.wake()
 
@@ -396,6 +454,14 @@ class GgufCargo:
                 run.refusal = Refused(Code.WORKER_DIED, f"the engine's worker ended with code {code}")
                 run.wake()
         self._notify()
+
+
+def _signal_name(code: int) -> str:
+    """Of a process that a signal has ended."""
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
 
 
 @asynccontextmanager

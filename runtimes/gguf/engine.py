@@ -21,14 +21,16 @@ from protocol import limits
 from protocol.errors import Code, Refused
 from protocol.generation import FinishReason, GenerationRequest, pack_tokens
 from runtimes.gguf.detokenize import TextStream
-from runtimes.gguf.kv import KvBook
+from runtimes.gguf.kv import Admission, Forgotten, KvBook
 from runtimes.gguf.layers import Layers, Rows
 from runtimes.gguf.llama import Floats
 from runtimes.gguf.messages import Admitted, Ended, Output, Rejected, Room, Step
 from runtimes.gguf.sampler import Grammar, Sampler, logprob_entry
 from runtimes.gguf.scheduler import TimeModel, Waiting, plan
+from runtimes.gguf.shelf import Shelf, Shelved
 
 _SPEED_LEARN = 0.1  # weight of one finished job in the advertised tokens/s
+_RESTORE_GAIN_MIN = 32  # tokens that a shelved prefix must save beyond one in cells, which costs nothing to share
 _SPEED_TOKENS_MIN = 8  # shorter answers say nothing about speed
 
 
@@ -103,10 +105,12 @@ class Engine:
         book: KvBook,
         times: TimeModel,
         batch_rows: int,
+        shelf: Shelf | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._layers, self._vocabulary, self._end_tokens = layers, vocabulary, end_tokens
         self._book, self._times, self._batch_rows, self._clock = book, times, batch_rows, clock
+        self.shelf = shelf or Shelf(0)
         self._waiting: deque[Job] = deque()
         self._prefilling: list[Job] = []
         self._answering: list[Job] = []
@@ -114,7 +118,8 @@ class Engine:
         self.steps = 0
 
     def __repr__(self) -> str:
-        return f"<Engine {len(self._answering)} answering, {len(self._prefilling)} prefilling, {len(self._waiting)} waiting; {self._book!r}>"
+        jobs = f"{len(self._answering)} answering, {len(self._prefilling)} prefilling, {len(self._waiting)} waiting"
+        return f"<Engine {jobs}; {self._book!r}>"
 
     @property
     def is_idle(self) -> bool:
@@ -158,22 +163,59 @@ class Engine:
         self.steps += 1
         return events
 
+    def tidy(self) -> None:
+        """To be called when idle: takes the prefixes that linger out of the cells. Whoever comes next begins in an empty cache, where its
+        cells lie in the order of its tokens."""
+        for forgotten in self._book.tidy():
+            self._forget(forgotten)
+
     def _admit(self, events: Events) -> None:
         """In order of arrival; a large job at the head is not overtaken, so it cannot starve."""
         while self._waiting:
             job = self._waiting[0]
-            admission = self._book.admit(job.tokens, job.declared, job.salt)
+            shelved = self._worth_restoring(job)
+            admission = self._book.admit(job.tokens, job.declared, job.salt, shares=shelved is None)
             if admission is None:
                 return
             self._waiting.popleft()
-            for sequence in admission.evicted:
-                self._layers.cut(sequence)
-            job.sequence = admission.sequence
-            if admission.cached_tokens:
-                self._layers.copy_prefix(admission.source, job.sequence, admission.cached_tokens)
-            job.cached_tokens = min(admission.cached_tokens, job.prompt_tokens)
-            self._prefilling.append(job)
+            self._enter(job, admission, shelved)
             events.admitted.append(Admitted(job.number, job.prompt_tokens, job.cached_tokens))
+
+    def _worth_restoring(self, job: Job) -> tuple[Shelved, int] | None:
+        """The shelved prefix that saves clearly more than what stands in cells."""
+        found = self.shelf.find(job.salt, np.asarray(job.tokens[:-1], np.int32)) if job.salt else None
+        if found is None or found[1] < self._book.shareable(job.tokens, job.salt) + _RESTORE_GAIN_MIN:
+            return None
+        return found
+
+    def _enter(self, job: Job, admission: Admission, shelved: tuple[Shelved, int] | None) -> None:
+        for forgotten in admission.evicted:
+            self._forget(forgotten)
+        job.sequence, cached = admission.sequence, admission.cached_tokens
+        if cached:
+            self._layers.copy_prefix(admission.source, job.sequence, cached)
+        elif shelved is not None:
+            cached = self._restore(job, *shelved)
+        job.cached_tokens = min(cached, job.prompt_tokens)
+        self._prefilling.append(job)
+
+    def _restore(self, job: Job, shelved: Shelved, length: int) -> int:
+        """Puts a prefix back into cells; 0 when there is no room for all of it, which it needs for a moment."""
+        room = self._book.make_room(len(shelved.tokens))
+        if room is None:
+            return 0
+        self.shelf.taken(shelved)  # first, so that what is forgotten for it does not push it out
+        for forgotten in room:
+            self._forget(forgotten)
+        self._layers.restore(job.sequence, shelved.state)
+        self._layers.cut(job.sequence, length)
+        self._book.append(job.sequence, job.tokens[:length])
+        return length
+
+    def _forget(self, forgotten: Forgotten) -> None:
+        if self.shelf.wants(forgotten.salt, forgotten.tokens):
+            self.shelf.put(forgotten.salt, forgotten.tokens, self._layers.save(forgotten.sequence))
+        self._layers.cut(forgotten.sequence)
 
     def _gather(self) -> tuple[Rows | None, list[Job]]:
         """The rows of this step, and the jobs whose logits are read, in the order of their rows."""
@@ -198,8 +240,8 @@ class Engine:
             values[at:end], sequences[at:end] = tokens, job.sequence
             positions[at:end] = np.arange(start, start + len(tokens))
             wanted[end - 1] = reads
-            for sequence in self._book.append(job.sequence, tokens):
-                self._layers.cut(sequence)
+            for forgotten in self._book.append(job.sequence, tokens):
+                self._forget(forgotten)
             at = end
         return Rows(values, positions, sequences, wanted)
 
@@ -260,8 +302,8 @@ class Engine:
 
     def _release(self, job: Job) -> None:
         if job.sequence >= 0:
-            for sequence in self._book.finish(job.sequence):
-                self._layers.cut(sequence)
+            for forgotten in self._book.finish(job.sequence):
+                self._forget(forgotten)
             job.sequence = -1
 
 

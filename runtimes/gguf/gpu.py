@@ -24,6 +24,7 @@ class Device:
     is_gpu: bool
     memory_total_bytes: int
     memory_free_bytes: int
+    shares_memory: bool = False  # an integrated GPU, whose memory is the machine's
 
 
 def devices() -> list[Device]:
@@ -50,13 +51,16 @@ def backend_name() -> str:
 
 def vram_free_bytes() -> int:
     """Free memory of the GPUs that do not share the machine's RAM; of the shared one where there is no other."""
-    return sum(device.memory_free_bytes for device in gpus())
+    found = gpus()
+    own = [device for device in found if not device.shares_memory]
+    return sum(device.memory_free_bytes for device in own or found)  # llama.cpp chooses in the same way
 
 
 def _registry() -> Any:
     """The library that knows the devices: libggml, loaded already by llama.cpp."""
-    import llama_cpp
     from pathlib import Path
+
+    import llama_cpp
 
     folder = Path(llama_cpp.__file__).parent / "lib"
     for name in ("libggml.so", "libggml.dylib", "ggml.dll"):
@@ -94,13 +98,15 @@ def _device(lib: _Calls, index: int) -> Device:
     device = lib.get(index)
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     lib.memory(device, ctypes.byref(free), ctypes.byref(total))
+    kind = lib.kind(device)
     return Device(
         name=_text(lib.name(device)),
         description=_text(lib.description(device)),
         backend=_text(lib.registry_name(lib.registry_of(device))),
-        is_gpu=lib.kind(device) in (_TYPE_GPU, _TYPE_IGPU),
+        is_gpu=kind in (_TYPE_GPU, _TYPE_IGPU),
         memory_total_bytes=int(total.value),
         memory_free_bytes=int(free.value),
+        shares_memory=kind == _TYPE_IGPU,
     )
 
 

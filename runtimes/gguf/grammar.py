@@ -1,15 +1,18 @@
 """A JSON schema as a rule for tokens: llama.cpp's grammar sampler over our candidates.
 
-Two of its traps are kept out here: accepting a token that the grammar forbids aborts the process, so ``accept`` asks first; a large
-grammar can crash its parser, so only what a throw-away process has compiled (grammar_check.py) comes here.
+Three of its traps are kept out here: accepting a token that the grammar forbids aborts the process, so ``accept`` asks first; a large
+grammar can crash its parser, so only what a throw-away process has compiled (grammar_check.py) comes here; and it reads a control token
+as the text of its name, which a string could hold, while an answer gets no text from it at all.
 """
 
 from __future__ import annotations
 
 import ctypes
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 
 from protocol.errors import Code, LocalProtocolError, Refused
 from runtimes.gguf.llama import Floats, Model, library
@@ -27,6 +30,8 @@ class TokenGrammar:
         self._sampler = self._c.llama_sampler_init_grammar(model.vocab, gbnf.encode(), b"root")
         if not self._sampler:
             raise Refused(Code.BAD_INPUT, "the JSON schema gives no usable grammar")
+        self._silent = _silent(model)
+        self._silent[self._end_tokens] = False
         self._last = ""
         self._one = _Candidates(self._c, 1)
 
@@ -42,23 +47,27 @@ class TokenGrammar:
         """Whether the token may come next."""
         one = self._one
         one.data["id"], one.data["logit"] = token, 0.0
-        return bool(one.apply(self._sampler)[0] == 0.0)
+        return bool(one.apply(self._sampler)[0] == 0.0) and not self._silent[token]
 
     def filter(self, logits: Floats) -> Floats:
         """A copy with -inf for every token that may not come next. At least one may: the end, if nothing else."""
         every = _Candidates(self._c, len(logits))
         every.data["id"], every.data["logit"] = np.arange(len(logits)), logits
-        return every.apply(self._sampler).copy()
+        allowed = every.apply(self._sampler).copy()
+        allowed[self._silent] = -np.inf
+        return allowed
 
     def best(self, logits: Floats) -> int:
         """The likeliest token that may come next: the likeliest few are asked first, since asking all costs milliseconds."""
         few = min(_FIRST_TRIES, len(logits))
-        likeliest = np.argpartition(logits, -few)[-few:]
+        likeliest = np.sort(np.argpartition(logits, -few)[-few:])  # of equal ones the lowest id, as argmax over all would say
         some = _Candidates(self._c, few)
         some.data["id"], some.data["logit"] = likeliest, logits[likeliest]
         allowed = some.apply(self._sampler)
-        if np.isfinite(allowed).any():
-            return int(likeliest[int(allowed.argmax())])
+        allowed[self._silent[likeliest]] = -np.inf
+        best = int(allowed.argmax())
+        if allowed[best] > logits[likeliest].min():  # no token outside is as likely
+            return int(likeliest[best])
         return int(self.filter(logits).argmax())
 
     def accept(self, token: int) -> None:
@@ -74,6 +83,16 @@ class TokenGrammar:
         Without this a greedy model goes on with white space after the last brace for as long as the grammar lets it.
         """
         return not self._last.isdigit() and any(self.allows(token) for token in self._end_tokens[:1])
+
+
+def _silent(model: Model) -> npt.NDArray[np.bool_]:
+    """Which tokens add nothing to an answer: control tokens. A copy for each caller."""
+    if model not in _SILENT:
+        _SILENT[model] = np.fromiter((not model.piece(token) for token in range(model.n_vocab)), np.bool_, model.n_vocab)
+    return _SILENT[model].copy()
+
+
+_SILENT: WeakKeyDictionary[Model, npt.NDArray[np.bool_]] = WeakKeyDictionary()
 
 
 class _Candidates:

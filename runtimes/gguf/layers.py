@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtimes.gguf.llama import Context, ContextSize, Floats, Ints, Model
+from runtimes.gguf.shelf import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,14 @@ class Layers(Protocol):
 
     def cut(self, sequence: int, length: int = 0) -> None: ...
 
+    def save(self, sequence: int) -> State:
+        """What these layers hold of a sequence, as bytes for ``restore``."""
+        ...
+
+    def restore(self, sequence: int, state: State) -> None:
+        """The sequence holds what was saved; it needs as many free cells."""
+        ...
+
 
 class Stage:
     """A range of layers in this process. ``is_last`` stages hold the output matrix."""
@@ -67,6 +76,12 @@ class Stage:
 
     def cut(self, sequence: int, length: int = 0) -> None:
         self.context.cut(sequence, length)
+
+    def save(self, sequence: int) -> State:
+        return self.context.save(sequence)
+
+    def restore(self, sequence: int, state: State) -> None:
+        self.context.restore(sequence, state)
 
     def close(self) -> None:
         self.context.close()

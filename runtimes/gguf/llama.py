@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from protocol.errors import ArchipelagError
+from protocol.errors import ArchipelagError, ConfigError
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
@@ -27,6 +27,7 @@ Ints = npt.NDArray[np.int32]
 _SEQ_CELLS_END = -1
 _MIB = 1024 * 1024
 _LOG_LINES_MAX = 400
+_DEBUG, _ERROR = 1, 4  # enum ggml_log_level in ggml.h; the comment in llama-cpp-python is older
 _BUFFER_LINE = re.compile(r"(compute|output|KV|RS|model) buffer size\s*=\s*([\d.]+) MiB")
 
 
@@ -40,8 +41,11 @@ class LlamaFull(LlamaError):
 
 @cache
 def library() -> Any:
-    """The foreign module, imported on first use: it loads 10 MB of native code, which only workers need."""
-    import llama_cpp.llama_cpp as foreign
+    """The foreign module, imported on first use: it loads 10 MB of native code, which only workers need. Raises ConfigError."""
+    try:
+        import llama_cpp.llama_cpp as foreign
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # absent, a library missing, or of another version
+        raise ConfigError(f"llama-cpp-python cannot be used ({error}); install it with `make setup`") from error
 
     foreign.llama_log_set(_log_callback(), ctypes.c_void_p(0))
     foreign.llama_backend_init()
@@ -67,7 +71,7 @@ def ggml() -> Any:
     raise LlamaError(f"llama-cpp-python has no ggml library in {folder}; reinstall it with `make setup`")
 
 
-_log: deque[str] = deque(maxlen=_LOG_LINES_MAX)
+_log: deque[tuple[int, str]] = deque(maxlen=_LOG_LINES_MAX)
 
 
 @cache
@@ -76,15 +80,15 @@ def _log_callback() -> Any:
 
     def on_line(level: int, text: bytes, _: object) -> None:
         line = text.decode("utf-8", "replace").rstrip("\n")
-        if line.strip(". ") and "repack tensor" not in line:
-            _log.append(line)
+        if line.strip(". ") and level != _DEBUG and "repack tensor" not in line:
+            _log.append((level, line))
 
     return foreign.llama_log_callback(on_line)
 
 
 def log_lines() -> list[str]:
     """The last lines that llama.cpp wrote; model and buffer facts, never prompts."""
-    return list(_log)
+    return [line for _, line in _log]
 
 
 def buffer_bytes(lines: list[str], kind: str) -> int:
@@ -123,10 +127,10 @@ class Model:
         params.n_gpu_layers = gpu_layers
         params.vocab_only = vocabulary_only
         params.use_extra_bufts = not plain
-        start = len(_log)
+        _log.clear()
         self.pointer = c.llama_model_load_from_file(path.encode(), params)
         if not self.pointer:
-            raise LlamaError(_last_errors(list(_log)[start:] or list(_log)))
+            raise LlamaError(_last_errors())
         self.vocab = c.llama_model_get_vocab(self.pointer)
         self.n_vocab = int(c.llama_vocab_n_tokens(self.vocab))
         self._pieces: dict[int, bytes] = {}
@@ -254,7 +258,7 @@ class Context:
         _log.clear()
         self.pointer = c.llama_init_from_model(model.pointer, params)
         if not self.pointer:
-            raise LlamaError(_last_errors(log_lines()))
+            raise LlamaError(_last_errors())
         self.compute_bytes = buffer_bytes(log_lines(), "compute") + buffer_bytes(log_lines(), "output")
         self.kv_bytes = buffer_bytes(log_lines(), "KV") + buffer_bytes(log_lines(), "RS")
         self.cells = int(c.llama_n_ctx(self.pointer))
@@ -286,7 +290,7 @@ class Context:
         if code == 1:
             raise LlamaFull(f"no KV cells for {len(rows)} rows")
         if code != 0:
-            raise LlamaError(f"llama_decode answered {code}: {_last_errors(log_lines())}")
+            raise LlamaError(f"llama_decode answered {code}: {_last_errors()}")
 
     def logits(self, count: int) -> Floats:
         """Logits (count, vocabulary) of the rows flagged in the last decode: a view into llama.cpp's memory until the next one."""
@@ -306,12 +310,30 @@ class Context:
         if not self._c.llama_memory_seq_rm(self._memory, sequence, length, _SEQ_CELLS_END):
             raise LlamaError(f"sequence {sequence} could not be cut back to {length}")
 
+    def save(self, sequence: int) -> npt.NDArray[np.uint8]:
+        """A sequence's cells as bytes; the format is llama.cpp's and of this build only."""
+        size = int(self._c.llama_state_seq_get_size(self.pointer, sequence))
+        state = np.empty(size, np.uint8)
+        got = int(self._c.llama_state_seq_get_data(self.pointer, _bytes_pointer(state), size, sequence))
+        if got != size:
+            raise LlamaError(f"sequence {sequence} gave {got} bytes instead of {size}")
+        return state
+
+    def restore(self, sequence: int, state: npt.NDArray[np.uint8]) -> None:
+        """Raises LlamaFull when there are not enough free cells."""
+        if not self._c.llama_state_seq_set_data(self.pointer, _bytes_pointer(state), len(state), sequence):
+            raise LlamaFull(f"no KV cells for a saved sequence of {len(state)} bytes")
+
     def length(self, sequence: int) -> int:
         """Positions that the cache holds of a sequence."""
         return int(self._c.llama_memory_seq_pos_max(self._memory, sequence)) + 1
 
     def clear(self) -> None:
         self._c.llama_memory_clear(self._memory, False)
+
+
+def _bytes_pointer(array: npt.NDArray[np.uint8]) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 class _Batch:
@@ -351,7 +373,7 @@ class _Batch:
         return batch
 
 
-def _last_errors(lines: list[str]) -> str:
-    """What a person needs of the log: lines that speak of errors, else the last ones."""
-    wrong = [line for line in lines if re.search(r"error|fail|invalid|corrupt|not ", line, re.IGNORECASE)]
-    return "; ".join(line.strip() for line in (wrong or lines)[-3:])[:500] or "no reason given"
+def _last_errors() -> str:
+    """What a person needs of the log: its errors, else the last lines."""
+    wrong = [line for level, line in _log if level == _ERROR]
+    return "; ".join(line.strip() for line in (wrong or log_lines())[-3:])[:500] or "no reason given"

@@ -19,15 +19,21 @@ from runtimes.gguf import budget, gpu
 from runtimes.gguf.engine import Engine
 from runtimes.gguf.kv import KvBook
 from runtimes.gguf.layers import Rows, Stage
-from runtimes.gguf.llama import ContextSize, LlamaError, Model, ModelFacts, version
+from runtimes.gguf.llama import ContextSize, Floats, LlamaError, Model, ModelFacts, version
 from runtimes.gguf.messages import Load, Ready
 from runtimes.gguf.prepare import Preparer
 from runtimes.gguf.scheduler import TimeModel
+from runtimes.gguf.shelf import Shelf
 from runtimes.gguf.template import ChatTemplate
+from runtimes.store.gguf_file import check_gguf
 
 BATCH_ROWS = 512
-MICRO_BATCH_CPU, MICRO_BATCH_GPU = 128, 512  # larger ones need larger compute buffers and gain nothing on a CPU
-_COMPUTE_GUESS_BYTES = 128 * 1024 * 1024
+# From 64 rows on, ggml's attention for CPUs takes another path, whose sums are rounded otherwise: with fewer, a prompt gives the same
+# logits bit for bit however it is cut into chunks and whoever computes beside it. Larger ones gain nothing on a CPU.
+MICRO_BATCH_CPU, MICRO_BATCH_GPU = 48, 512
+_COMPUTE_LEAST_BYTES = 128 * 1024 * 1024
+_GRAPH_BYTES = 32 * 1024 * 1024  # compute buffers beside the logits: 1 MB for SmolLM2-135M, more for wider models
+_KV_ROUNDING_BYTES = 64 * 1024  # llama.cpp's log rounds each buffer to 0.01 MiB
 SEQUENCES_MAX = 256  # LLAMA_MAX_SEQ
 _REMEMBERED_MAX = 64
 _WARM_PROMPT_TOKENS = 64
@@ -49,41 +55,88 @@ def load(order: Load) -> Loaded:
     try:
         layers = _gpu_layers(order)
         model = Model(order.path, layers, plain=order.plain)
+        facts, shape = model.facts(), kv_shape(model)
+        template = _template(model)
+        _check_facts(facts, shape)
+        stage = _stage(order, model, facts, shape, layers)
+        return _assemble(order, model, facts, shape, template, stage, layers)
     except LlamaError as error:
         raise ConfigError(f"{order.path} could not be loaded ({error}); it may be damaged: delete it and fetch it again") from error
-    facts, template = model.facts(), _template(model)
-    per_token = kv_shape(model).bytes_per_token
-    cells = budget.kv_cells(
+
+
+def _check_facts(facts: ModelFacts, shape: budget.KvShape) -> None:
+    """What llama.cpp believes without a look. Raises LlamaError."""
+    if facts.context_tokens < 2 or shape.bytes_per_token < 1:
+        raise LlamaError(f"it says that its context has {facts.context_tokens} tokens of {shape.bytes_per_token} bytes")
+
+
+def _stage(order: Load, model: Model, facts: ModelFacts, shape: budget.KvShape, layers: int) -> Stage:
+    """Buffers within the limit. Their size is known only once they exist; where the guess was too low, they are made again, smaller."""
+    micro_batch = MICRO_BATCH_GPU if layers else MICRO_BATCH_CPU
+    compute_bytes = _compute_guess(facts.vocabulary, _sequences(order), micro_batch)
+    stage = _allocate(order, model, _cells(order, facts, shape.bytes_per_token, compute_bytes), micro_batch)
+    context, limit_bytes = stage.context, order.memory_limit_bytes
+    per_token = _kv_bytes_per_token(shape, context.kv_bytes, context.cells)
+    needed_bytes = facts.weights_bytes + context.compute_bytes + budget.PROCESS_BYTES + per_token * context.cells
+    if not limit_bytes or needed_bytes <= limit_bytes:
+        return stage
+    stage.close()
+    return _allocate(order, model, _cells(order, facts, per_token, max(compute_bytes, context.compute_bytes)), micro_batch)
+
+
+def _sequences(order: Load) -> int:
+    return min(order.slots + _REMEMBERED_MAX, SEQUENCES_MAX)
+
+
+def _compute_guess(vocabulary: int, sequences: int, micro_batch: int) -> int:
+    """Bytes of compute and output buffers: logits of all sequences to be read, and those of a micro batch while it is computed."""
+    logits_bytes = 4 * vocabulary * (sequences + min(sequences, micro_batch))
+    return max(_COMPUTE_LEAST_BYTES, _GRAPH_BYTES + logits_bytes)
+
+
+def _cells(order: Load, facts: ModelFacts, per_token: int, compute_bytes: int) -> int:
+    return budget.kv_cells(
         facts.weights_bytes,
-        _COMPUTE_GUESS_BYTES,
+        compute_bytes,
         per_token,
         order.memory_limit_bytes,
         free_memory_bytes(),
         facts.context_tokens,
         order.context_tokens,
     )
-    sequences = min(order.slots + _REMEMBERED_MAX, SEQUENCES_MAX)
+
+
+def _allocate(order: Load, model: Model, cells: int, micro_batch: int) -> Stage:
     size = ContextSize(
         cells=cells,
-        sequences=sequences,
+        sequences=_sequences(order),
         batch=max(BATCH_ROWS, order.slots),
-        micro_batch=MICRO_BATCH_GPU if layers else MICRO_BATCH_CPU,
-        outputs=sequences,  # llama.cpp reserves one for each sequence and asserts it
+        micro_batch=micro_batch,
+        outputs=_sequences(order),  # llama.cpp reserves one for each sequence and asserts it
         threads=order.threads,
     )
     try:
-        stage = Stage(model, size)
+        return Stage(model, size)
     except LlamaError as error:
         raise ConfigError(f"{cells} KV cells for {order.name} could not be allocated ({error}); offer less memory") from error
-    return _assemble(order, model, facts, template, stage, layers)
 
 
-def _assemble(order: Load, model: Model, facts: ModelFacts, template: ChatTemplate | None, stage: Stage, layers: int) -> Loaded:
+def _kv_bytes_per_token(shape: budget.KvShape, kv_bytes: int, cells: int) -> int:
+    """As allocated: the log's figure, or the exact one where the log agrees with the metadata but for its rounding."""
+    exact = shape.bytes_per_token
+    return exact if abs(exact * cells - kv_bytes) <= _KV_ROUNDING_BYTES else -(-kv_bytes // cells)
+
+
+def _assemble(
+    order: Load, model: Model, facts: ModelFacts, shape: budget.KvShape, template: ChatTemplate | None, stage: Stage, layers: int
+) -> Loaded:
     cells = stage.context.cells
     decode_s, prefill_s = _measure(stage, min(cells, facts.context_tokens))
     context_tokens = min(cells, facts.context_tokens, order.context_tokens or cells)
     book = KvBook(cells, order.slots, stage.context.size.sequences, remembers=not facts.recurrent)
-    engine = Engine(stage, model, model.end_tokens(), book, TimeModel(decode_s, prefill_s), stage.context.size.batch)
+    per_token = _kv_bytes_per_token(shape, stage.context.kv_bytes, cells)
+    shelf = _shelf(order, facts, stage, per_token * cells)
+    engine = Engine(stage, model, model.end_tokens(), book, TimeModel(decode_s, prefill_s), stage.context.size.batch, shelf)
     engine.tokens_per_s = 1.0 / decode_s
     ready = Ready(
         engine=_engine_name(version(), gpu.backend_name() if layers else "cpu", facts.description, order),
@@ -91,7 +144,7 @@ def _assemble(order: Load, model: Model, facts: ModelFacts, template: ChatTempla
         kv_tokens=cells,
         slots=order.slots,
         weights_bytes=facts.weights_bytes,
-        kv_bytes_per_token=-(-stage.context.kv_bytes // cells),
+        kv_bytes_per_token=per_token,
         compute_bytes=stage.context.compute_bytes,
         tokens_per_s=engine.tokens_per_s,
         gpu_layers=layers,
@@ -99,16 +152,19 @@ def _assemble(order: Load, model: Model, facts: ModelFacts, template: ChatTempla
     return Loaded(model, stage, engine, Preparer(model, template, context_tokens), ready)
 
 
+def _shelf(order: Load, facts: ModelFacts, stage: Stage, kv_bytes: int) -> Shelf:
+    """Room for prefixes outside the cells. A model whose state cannot be cut back to a prefix has no use for it."""
+    used_bytes = facts.weights_bytes + stage.context.compute_bytes + budget.PROCESS_BYTES + kv_bytes
+    room = budget.shelf_bytes(order.memory_limit_bytes, used_bytes, kv_bytes, free_memory_bytes())
+    return Shelf(0 if facts.recurrent else room)
+
+
 def check_file(path: str) -> None:
     """What can be said without native code. Raises ConfigError."""
-    file = Path(path)
     try:
-        with file.open("rb") as stream:
-            magic = stream.read(4)
+        check_gguf(Path(path))
     except OSError as error:
         raise ConfigError(f"the model file {path} cannot be read ({error.strerror}); check the path or fetch the model again") from error
-    if magic != b"GGUF":
-        raise ConfigError(f"{path} is no GGUF file; check the model's source, or delete the file and fetch it again")
 
 
 def kv_shape(model: Model) -> budget.KvShape:
@@ -138,12 +194,13 @@ def _gpu_layers(order: Load) -> int:
         return order.gpu_layers
     glance = Model(order.path, vocabulary_only=True)
     try:
-        shape = kv_shape(glance)
+        shape, vocabulary = kv_shape(glance), glance.n_vocab
     finally:
         glance.close()
     weights = Path(order.path).stat().st_size  # a glance loads no tensors, so it does not know their size
     kv_bytes = budget.CELLS_DEFAULT * shape.bytes_per_token
-    return budget.gpu_layers(shape.layers, weights, kv_bytes, _COMPUTE_GUESS_BYTES, gpu.vram_free_bytes())
+    compute_bytes = _compute_guess(vocabulary, _sequences(order), MICRO_BATCH_GPU)
+    return budget.gpu_layers(shape.layers, weights, kv_bytes, compute_bytes, gpu.vram_free_bytes())
 
 
 def _template(model: Model) -> ChatTemplate | None:
@@ -157,7 +214,7 @@ def _template(model: Model) -> ChatTemplate | None:
 
 
 def _measure(stage: Stage, room: int) -> tuple[float, float]:
-    """Seconds of a decoded token and of a prompt token: a short run that also touches all weights."""
+    """Seconds of a decoded token and of a prompt token: a short run that also touches all weights. Raises LlamaError."""
     prompt = min(_WARM_PROMPT_TOKENS, room // 2)
     _forward(stage, 0, prompt)
     stage.cut(0)
@@ -168,16 +225,19 @@ def _measure(stage: Stage, room: int) -> tuple[float, float]:
     times = []
     for position in range(prompt, prompt + count):
         started = time.perf_counter()
-        _forward(stage, position, 1)
+        logits = _forward(stage, position, 1)
         times.append(time.perf_counter() - started)
+    if np.isnan(logits).any():
+        raise LlamaError("what it computes are no numbers")
     stage.cut(0)
     return float(np.median(times)), prefill_s
 
 
-def _forward(stage: Stage, start: int, count: int) -> None:
+def _forward(stage: Stage, start: int, count: int) -> Floats:
     wanted = np.zeros(count, np.int8)
     wanted[-1] = 1
-    stage.forward(Rows(np.zeros(count, np.int32), np.arange(start, start + count, dtype=np.int32), np.zeros(count, np.int32), wanted))
+    positions = np.arange(start, start + count, dtype=np.int32)
+    return stage.forward(Rows(np.zeros(count, np.int32), positions, np.zeros(count, np.int32), wanted))
 
 
 def free_memory_bytes() -> int:

@@ -1,7 +1,8 @@
 """What passes between a node and its GGUF worker over their socket pair.
 
 The node sends Load once, then Start and Cancel; the worker answers Ready or LoadFailed, and for each job Admitted or Rejected, then
-Step after every step of the engine (all sequences in one frame), then Ended or Rejected.
+Step after every step of the engine (all sequences in one frame, where it can carry them), then Ended or Rejected. Room comes when it has
+changed, and now and then from a worker that computes and has nothing else to say.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class Step:
     """``tokens``: int32 little-endian ids of all outputs, one after the other."""
 
     outputs: tuple[Output, ...]
-    tokens: bytes | memoryview = body()
+    tokens: bytes = body()
 
 
 @GGUF_WORKER.message(9)
@@ -136,7 +137,7 @@ class Ended:
 @GGUF_WORKER.message(10)
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Sent when it has changed, at the end of a step."""
+    """Sent at the end of a step, when it has changed or nothing was said for long: silence means that the worker hangs."""
 
     kv_tokens_free: int
     slots_free: int

@@ -5,6 +5,7 @@ A resumed request's state is rebuilt by feeding it the delivered tokens; the tex
 
 from __future__ import annotations
 
+from protocol import limits
 from protocol.errors import Code, Refused
 from protocol.generation import FinishReason, GenerationRequest, unpack_tokens
 from runtimes.gguf.detokenize import TextStream
@@ -15,17 +16,23 @@ from runtimes.gguf.messages import Ended
 from runtimes.gguf.sampler import Sampler
 from runtimes.gguf.template import ChatTemplate
 
+_ECHO_BYTES_MAX = limits.JOB_CHUNK_TEXT_BYTES_MAX - 4096  # it travels in one chunk with the first token's text
+
 
 class Preparer:
     """Makes jobs for one model. One thread calls it."""
 
     def __init__(self, model: Model, template: ChatTemplate | None, context_tokens: int) -> None:
         self._model, self._template, self._context_tokens = model, template, context_tokens
-        self._piece_bytes_max = max(len(model.piece(token)) for token in range(model.n_vocab)) or 1
+        # a control token has no piece, but text in the prompt: template texts are full of them
+        texts = (model.piece(token) or model.special_text(token).encode() for token in range(model.n_vocab))
+        self._piece_bytes_max = max(map(len, texts), default=0) or 1
         self._end_tokens = model.end_tokens()
 
     def job(self, number: int, request: GenerationRequest, salt: bytes, gbnf: str) -> Job:
         """Raises Refused(bad_input, context_length_exceeded)."""
+        if request.echo and len(request.prompt.encode()) > _ECHO_BYTES_MAX:
+            raise Refused(Code.BAD_INPUT, f"a prompt of over {_ECHO_BYTES_MAX} bytes cannot be echoed; ask without echo")
         prompt = self._prompt(request)
         self._check_length(len(prompt), request.max_tokens)
         resume = unpack_tokens(request.resume)
@@ -79,15 +86,20 @@ class Preparer:
 
     def _check_size(self, text: str, max_tokens: int) -> None:
         """Refuses before tokenizing what is certainly too long: a token has at most so many bytes."""
-        self._check_length(len(text.encode("utf-8", "replace")) // self._piece_bytes_max, max_tokens)
+        least = len(text.encode("utf-8", "replace")) // self._piece_bytes_max
+        if least > self._context_tokens:
+            raise self._too_long(f"at least {least}", max_tokens)
 
     def _check_length(self, prompt_tokens: int, max_tokens: int) -> None:
         if prompt_tokens + max_tokens > self._context_tokens:
-            raise Refused(
-                Code.CONTEXT_LENGTH,
-                f"this model's maximum context length is {self._context_tokens} tokens; the request has {prompt_tokens} in its "
-                f"messages and asks for {max_tokens} of completion. Shorten the messages or lower max_tokens.",
-            )
+            raise self._too_long(str(prompt_tokens), max_tokens)
+
+    def _too_long(self, prompt_tokens: str, max_tokens: int) -> Refused:
+        return Refused(
+            Code.CONTEXT_LENGTH,
+            f"this model's maximum context length is {self._context_tokens} tokens; the request has {prompt_tokens} in its "
+            f"messages and asks for {max_tokens} of completion. Shorten the messages or lower max_tokens.",
+        )
 
     def _resume(self, job: Job, resume: list[int]) -> None:
         for token in resume:

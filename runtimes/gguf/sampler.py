@@ -136,7 +136,7 @@ def _heaviest(weights: Floats, limit: int, sampling: Sampling) -> npt.NDArray[np
         kept = weights[order].astype(np.float64)
         enough_p = sampling.top_p < 1.0 and not sampling.top_k and kept.sum() >= sampling.top_p * weights.sum(dtype=np.float64)
         enough_m = sampling.min_p > 0.0 and kept[-1] < sampling.min_p * kept[0]
-        if enough_p or enough_m and sampling.top_p >= 1.0:
+        if enough_p or (enough_m and sampling.top_p >= 1.0):
             return order
     return _sorted_top(weights, limit)
 

@@ -18,17 +18,23 @@ import signal
 import socket
 import sys
 import threading
-from typing import Any
+import time
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
+from protocol import limits
 from protocol.errors import ArchipelagError, Code, ConfigError, Refused
 from protocol.framing import FrameDecoder, encode_frame
 from protocol.generation import GENERATION
 from runtimes.gguf.load import Loaded, load
-from runtimes.gguf.messages import GGUF_WORKER, Cancel, Load, LoadFailed, Rejected, Room, Start
+from runtimes.gguf.messages import GGUF_WORKER, Cancel, Load, LoadFailed, Output, Rejected, Room, Start, Step
 
 _READ_BYTES = 256 * 1024
 _OPEN_FILES_MAX = 256
 _PR_SET_PDEATHSIG = 1
+_HEARTBEAT_S = limits.WORKER_STALL_S / 8  # a long prompt is computed in many steps that give nothing to say
+_STEP_BYTES_MAX = limits.FRAME_HEADER_BYTES_MAX // 2
+_OUTPUT_BYTES = 32  # an Output beside its text and logprobs: five prefixes and two integers of at most 9 bytes
 
 
 class Link:
@@ -71,19 +77,31 @@ class Worker:
         self._link, self._loaded = link, loaded
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._room: Room | None = None
+        self._said_s = 0.0
 
     def run(self) -> None:
         """Never returns: the end of the stream ends the process."""
         threading.Thread(target=self._read, name="reader", daemon=True).start()
+        try:
+            while True:
+                self.turn()
+        except BaseException:
+            _end_with_error()
+
+    def turn(self) -> None:
+        """Takes what has come, computes one step, says what it gave."""
         engine = self._loaded.engine
-        while True:
-            self._take(block=engine.is_idle)
-            answers = list(engine.step().messages())
-            if (room := engine.room()) != self._room:
-                self._room = room
-                answers.append(room)
-            if answers:
-                self._link.send(*answers)
+        if engine.is_idle:
+            engine.tidy()
+        self._take(block=engine.is_idle)
+        answers = [part for message in engine.step().messages() for part in _parts(message)]
+        room, now = engine.room(), time.monotonic()
+        if room != self._room or (not answers and now - self._said_s > _HEARTBEAT_S):
+            self._room = room
+            answers.append(room)
+        if answers:
+            self._said_s = now
+            self._link.send(*answers)
 
     def _take(self, block: bool) -> None:
         """Hands what has come to the engine; waits for something when there is nothing to compute."""
@@ -105,9 +123,8 @@ class Worker:
         try:
             while True:
                 self._receive(self._link.receive())
-        except BaseException:
-            sys.excepthook(*_without_values())
-            os._exit(1)  # a reader that is gone would leave a worker that nobody can talk to
+        except BaseException:  # a reader that is gone would leave a worker that nobody can talk to
+            _end_with_error()
 
     def _receive(self, message: Any) -> None:
         if isinstance(message, Cancel):
@@ -131,6 +148,28 @@ class Worker:
                 self._inbox.put(job)
             else:
                 self._link.send(done)
+
+
+def _parts(message: object) -> Iterator[object]:
+    """A message as frames can carry it: the logprobs of many answers may be more than one header holds."""
+    if not isinstance(message, Step):
+        yield message
+        return
+    outputs: list[Output] = []
+    size = at = end = 0
+    for output in message.outputs:
+        more = _OUTPUT_BYTES + 4 * len(output.text) + len(output.logprobs)
+        if outputs and size + more > _STEP_BYTES_MAX:
+            yield Step(tuple(outputs), message.tokens[at:end])
+            outputs, size, at = [], 0, end
+        outputs.append(output)
+        size, end = size + more, end + 4 * output.count
+    yield Step(tuple(outputs), message.tokens[at:end])
+
+
+def _end_with_error() -> NoReturn:
+    sys.excepthook(*_without_values())
+    os._exit(1)
 
 
 def _without_values() -> tuple[Any, Any, Any]:
@@ -165,6 +204,10 @@ def main() -> None:
     except ConfigError as error:
         link.send(LoadFailed(str(error)))
         os._exit(0)
+    except Exception as error:  # whatever a damaged file leads to; no job has come yet, so the text holds no prompt
+        reason = f"{type(error).__name__}: {error}"[:300]
+        link.send(LoadFailed(f"{order.path} could not be loaded ({reason}); it may be damaged: delete it and fetch it again"))
+        os._exit(1)
     link.send(loaded.ready)
     Worker(link, loaded).run()
 
