@@ -80,6 +80,7 @@ TEMPLATE_RANGE_MAX = 10_000
 BODY_BYTES_MAX = 1_000_000
 LOGIN_TRIES_PER_MINUTE = 5
 KEEPALIVE_COMMENT_S = 10.0
+HEADERS_WAIT_S = 1.0  # so long a stream's headers wait for the first token, so that they name the Island that gave it
 
 # Host
 CONNECTIONS_MAX = 2000

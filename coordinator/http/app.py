@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import secrets
@@ -28,6 +29,7 @@ from coordinator.http.sse import DONE, KEEP_ALIVE, EventStream, event
 from coordinator.jobs import Accepted, Event, JobSpec
 from coordinator.placement import Placer
 from privacy.keys import cache_salt
+from protocol import limits
 from protocol.errors import Refused
 
 log = logging.getLogger(__name__)
@@ -46,10 +48,10 @@ class _Call:
     """What is known of the request that the current task handles."""
 
     request_id: str
-    limits: dict[str, str] = field(default_factory=dict)
+    rate: dict[str, str] = field(default_factory=dict)
 
     def headers(self) -> dict[str, str]:
-        return {"x-request-id": self.request_id, "Server": "archipelag", **self.limits}
+        return {"x-request-id": self.request_id, "Server": "archipelag", **self.rate}
 
 
 _CALL: ContextVar[_Call] = ContextVar("archipelag_call")
@@ -166,7 +168,7 @@ class Api:
     async def _admit(self, request: web.Request, scope: str) -> str:
         """The account of the key."""
         key, headers = await self._services.gate.admit(request, scope)
-        _CALL.get().limits = headers
+        _CALL.get().rate = headers
         return key.account
 
     async def _generate(self, request: web.Request, parse: Parser, shape: Shape) -> web.StreamResponse:
@@ -190,14 +192,15 @@ class Api:
         return web.Response(body=body, headers={"Content-Type": _JSON, **answer.headers()})
 
     async def _stream(self, request: web.Request, spec: JobSpec, answer: Answer, shape: Shape) -> web.StreamResponse:
-        """Waits for the first Island before it sends headers: until then an error has a status of its own."""
+        """Waits for the first words before it sends headers: until then an error has a status, and the Island may be another."""
         dispatcher = self._services.dispatcher
         stream: Stream[Event] = self._services.bridge.stream(lambda send: dispatcher.run(spec, send))
         writer = StreamWriter(answer, shape)
         try:
-            events = await stream.take()
-            if isinstance(events[0], Accepted):
-                answer.note(events[0])
+            events = await _opening(stream)
+            accepted = [event for event in events if isinstance(event, Accepted)]
+            if accepted:
+                answer.note(next(event for event in reversed(accepted) if event.choice == accepted[0].choice))
             headers = {**answer.headers(), **_CALL.get().headers()}
             async with EventStream(request, headers, self._services.keep_alive_comment_s, stream.nudge) as output:
                 await _pump(stream, events, writer, output)
@@ -205,6 +208,21 @@ class Api:
         finally:
             if not writer.complete:
                 stream.close()
+
+
+async def _opening(stream: Stream[Event]) -> list[Event]:
+    """Events up to the first that says something; after HEADERS_WAIT_S, while a long prompt is computed, what there is."""
+    events = await stream.take()
+    timer = asyncio.get_running_loop().call_later(limits.HEADERS_WAIT_S, stream.nudge)
+    try:
+        while all(isinstance(event, Accepted) for event in events):
+            more = await stream.take()
+            if not more:
+                break
+            events += more
+    finally:
+        timer.cancel()
+    return events
 
 
 async def _pump(stream: Stream[Event], events: list[Event], writer: StreamWriter, output: EventStream) -> None:

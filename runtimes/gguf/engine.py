@@ -26,10 +26,11 @@ from runtimes.gguf.layers import Layers, Rows
 from runtimes.gguf.llama import Floats
 from runtimes.gguf.messages import Admitted, Ended, Output, Rejected, Room, Step
 from runtimes.gguf.sampler import Grammar, Sampler, logprob_entry
-from runtimes.gguf.scheduler import TimeModel, Waiting, plan
+from runtimes.gguf.scheduler import SHARED_STEP_S, TimeModel, Waiting, plan
 from runtimes.gguf.shelf import Shelf, Shelved
 
 _SPEED_LEARN = 0.1  # weight of one finished job in the advertised tokens/s
+_PROMPTS_AT_ONCE = 2  # so that a long one does not hold up a short one
 _RESTORE_GAIN_MIN = 32  # tokens that a shelved prefix must save beyond one in cells, which costs nothing to share
 _SPEED_TOKENS_MIN = 8  # shorter answers say nothing about speed
 
@@ -147,6 +148,12 @@ class Engine:
                     return True
         return False
 
+    def admit(self) -> Events:
+        """Gives room to who waits, so that it can be told before the step that computes its prompt."""
+        events = Events()
+        self._admit(events)
+        return events
+
     def step(self) -> Events:
         """Admits, computes one batch, chooses tokens. Does nothing when idle."""
         events = Events()
@@ -170,8 +177,11 @@ class Engine:
             self._forget(forgotten)
 
     def _admit(self, events: Events) -> None:
-        """In order of arrival; a large job at the head is not overtaken, so it cannot starve."""
-        while self._waiting:
+        """In order of arrival; a large job at the head is not overtaken, so it cannot starve.
+
+        Not more than can be computed soon: who comes in later shares what those before have computed of the same beginning by then.
+        """
+        while self._waiting and self._wants_prompts():
             job = self._waiting[0]
             shelved = self._worth_restoring(job)
             admission = self._book.admit(job.tokens, job.declared, job.salt, shares=shelved is None)
@@ -180,6 +190,10 @@ class Engine:
             self._waiting.popleft()
             self._enter(job, admission, shelved)
             events.admitted.append(Admitted(job.number, job.prompt_tokens, job.cached_tokens))
+
+    def _wants_prompts(self) -> bool:
+        left = sum(len(job.tokens) - self._book.length(job.sequence) for job in self._prefilling)
+        return len(self._prefilling) < _PROMPTS_AT_ONCE or left < self._times.tokens_in(SHARED_STEP_S)
 
     def _worth_restoring(self, job: Job) -> tuple[Shelved, int] | None:
         """The shelved prefix that saves clearly more than what stands in cells."""
@@ -222,7 +236,7 @@ class Engine:
         parts: list[tuple[Job, list[int], bool]] = [(job, [job.next_token], True) for job in self._answering]
         by_key = {job.number: job for job in self._prefilling}
         waiting = [Waiting(job.number, len(job.tokens) - self._book.length(job.sequence)) for job in self._prefilling]
-        for key, count in plan(len(parts), waiting, self._batch_rows, self._times):
+        for key, count in plan(len(parts), waiting, self._batch_rows, self._times, len(self._waiting)):
             job = by_key[key]
             start = self._book.length(job.sequence)
             parts.append((job, job.tokens[start : start + count], start + count == len(job.tokens)))

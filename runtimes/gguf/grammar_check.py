@@ -20,6 +20,7 @@ import trio
 
 from protocol import limits
 from protocol.errors import ArchipelagError, Code, Refused
+from runtimes.gguf import gbnf as grammars
 from runtimes.gguf import schema as schemas
 from runtimes.gguf.grammar import TokenGrammar
 from runtimes.gguf.llama import Model
@@ -102,7 +103,7 @@ class _TooSlow(ArchipelagError):
 
 def convert(text: str) -> str:
     """GBNF of a schema. Raises schemas.NoSchema."""
-    gbnf = schemas.gbnf(schemas.parse(text))
+    gbnf = grammars.gbnf(schemas.parse(text))
     if len(gbnf.encode()) > limits.GBNF_BYTES_MAX:
         raise schemas.NoSchema(f"the JSON schema makes a grammar of {len(gbnf.encode())} bytes; the limit is {limits.GBNF_BYTES_MAX}")
     return gbnf

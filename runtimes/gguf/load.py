@@ -30,7 +30,7 @@ from runtimes.store.gguf_file import check_gguf
 BATCH_ROWS = 512
 # From 64 rows on, ggml's attention for CPUs takes another path, whose sums are rounded otherwise: with fewer, a prompt gives the same
 # logits bit for bit however it is cut into chunks and whoever computes beside it. Larger ones gain nothing on a CPU.
-MICRO_BATCH_CPU, MICRO_BATCH_GPU = 48, 512
+MICRO_BATCH_CPU, MICRO_BATCH_GPU = 60, 512
 _COMPUTE_LEAST_BYTES = 128 * 1024 * 1024
 _GRAPH_BYTES = 32 * 1024 * 1024  # compute buffers beside the logits: 1 MB for SmolLM2-135M, more for wider models
 _KV_ROUNDING_BYTES = 64 * 1024  # llama.cpp's log rounds each buffer to 0.01 MiB

@@ -155,8 +155,7 @@ class _Metered(NodeTransformer):
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
         self.generic_visit(node)
-        node.expr = _weighed(node.expr)
-        for operand in node.ops:
+        for operand in node.ops:  # what stands first is looked at only as far as these go
             operand.expr = _weighed(operand.expr)
         return node
 
@@ -260,7 +259,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def _call_on_text(self, context: Any, owner: str, name: str, obj: Any, args: Any, kwargs: Any) -> Any:
         self.budget.text(len(owner))
         if name == "replace":
-            return super().call(context, partial(self._replace, owner), *args, **kwargs)
+            return super().call(context, self._replace, owner, *args, **kwargs)
         if name == "join":
             return super().call(context, partial(self._join, separator=owner), *args, **kwargs)
         if name not in _STR_METHODS:

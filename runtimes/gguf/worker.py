@@ -26,6 +26,7 @@ from protocol import limits
 from protocol.errors import ArchipelagError, Code, ConfigError, Refused
 from protocol.framing import FrameDecoder, encode_frame
 from protocol.generation import GENERATION
+from runtimes.gguf.engine import Events
 from runtimes.gguf.load import Loaded, load
 from runtimes.gguf.messages import GGUF_WORKER, Cancel, Load, LoadFailed, Output, Rejected, Room, Start, Step
 
@@ -94,8 +95,13 @@ class Worker:
         if engine.is_idle:
             engine.tidy()
         self._take(block=engine.is_idle)
-        answers = [part for message in engine.step().messages() for part in _parts(message)]
-        room, now = engine.room(), time.monotonic()
+        self._say(engine.admit())
+        self._say(engine.step())
+
+    def _say(self, events: Events) -> None:
+        """Tells what happened, and the room where it has changed or nothing was said for long."""
+        answers = [part for message in events.messages() for part in _parts(message)]
+        room, now = self._loaded.engine.room(), time.monotonic()
         if room != self._room or (not answers and now - self._said_s > _HEARTBEAT_S):
             self._room = room
             answers.append(room)

@@ -203,6 +203,17 @@ def test_the_next_turn_reuses_the_prefix_under_the_same_salt_only(bench: Bench) 
     assert reused.end is not None and reused.end.cached_tokens == reused.cached_tokens
 
 
+def test_who_comes_in_a_crowd_shares_the_beginning_that_is_the_same(bench: Bench) -> None:
+    opening = "You are a lighthouse keeper who answers all questions at length and with great patience. " * 3
+    requests = [completion(opening + topic, 6) for topic in TOPICS]
+    alone = [bench.answer(request).tokens for request in requests]
+    crowd = [bench.start(request, SALT) for request in requests]
+    bench.drain()
+    assert [bench.answers[n].tokens for n in crowd] == alone
+    cached = [bench.answers[n].cached_tokens for n in crowd]
+    assert cached[0] == 0 and min(cached[2:]) >= 40, cached
+
+
 def test_a_conversation_is_put_back_from_the_shelf(bench: Bench) -> None:
     first = completion("A long story about an island begins like this: the people " * 3, 12)
     told = bench.answer(first, SALT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -26,7 +27,7 @@ from runtimes.gguf.grammar import TokenGrammar
 from runtimes.gguf.grammar_check import GrammarShop, convert
 from runtimes.gguf.kv import KvBook
 from runtimes.gguf.layers import Stage
-from runtimes.gguf.llama import ContextSize, Floats, Model
+from runtimes.gguf.llama import ContextSize, Model
 from runtimes.gguf.messages import Ended
 from runtimes.gguf.prepare import Preparer
 from runtimes.gguf.scheduler import TimeModel
@@ -44,7 +45,11 @@ PERSON = {
 }
 SCHEMAS: dict[str, dict[str, Any]] = {
     "a person": PERSON,
-    "optional properties": {"type": "object", "properties": {k: {"type": "boolean"} for k in ("sunny", "warm", "wet")}, "required": ["warm"]},
+    "optional properties": {
+        "type": "object",
+        "properties": {k: {"type": "boolean"} for k in ("sunny", "warm", "wet")},
+        "required": ["warm"],
+    },
     "one of some values": {"enum": ["red", 'dark "red"', "back\\slash", "é", 7, None, {"a": [True]}]},
     "a list": {"type": "array", "items": {"enum": ["egg", "milk", "bread"]}, "minItems": 2, "maxItems": 4},
     "a list of people": {"type": "array", "items": PERSON, "minItems": 1, "maxItems": 2},
@@ -56,7 +61,9 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     },
     "nested": {
         "type": "object",
-        "properties": {"place": {"type": "object", "properties": {"city": NAME, "at": {"type": "array", "items": {"type": "number"}, "maxItems": 2}}}},
+        "properties": {
+            "place": {"type": "object", "properties": {"city": NAME, "at": {"type": "array", "items": {"type": "number"}, "maxItems": 2}}}
+        },
         "required": ["place"],
     },
     "patterns": {
@@ -74,14 +81,23 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "$defs": {
             "tree_node": {
                 "type": "object",
-                "properties": {"value": {"type": "integer", "maximum": 99}, "left": {"$ref": "#/$defs/leaf"}, "right": {"$ref": "#/$defs/leaf"}},
+                "properties": {
+                    "value": {"type": "integer", "maximum": 99},
+                    "left": {"$ref": "#/$defs/leaf"},
+                    "right": {"$ref": "#/$defs/leaf"},
+                },
                 "required": ["value", "left", "right"],
             },
             "leaf": {"anyOf": [{"type": "object", "properties": {"value": {"const": 1}}}, {"type": "null"}]},
         },
     },
     "a map": {"type": "object", "additionalProperties": {"type": "integer"}, "minProperties": 1, "maxProperties": 3},
-    "a name and a map": {"type": "object", "properties": {"id": {"const": "x"}}, "required": ["id"], "additionalProperties": {"type": "null"}}
+    "a name and a map": {
+        "type": "object",
+        "properties": {"id": {"const": "x"}},
+        "required": ["id"],
+        "additionalProperties": {"type": "null"},
+    }
     | {"maxProperties": 3},
     "two kinds": {"type": ["object", "null"], "properties": {"a": {"type": ["string", "integer"], "maxLength": 5}}, "required": ["a"]},
     "all of": {"allOf": [PERSON, {"properties": {"age": {"minimum": 30}}, "required": ["nick"]}]},
@@ -93,6 +109,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "only a number": {"type": "integer"},
     "only a text": {"type": "string", "minLength": 1, "maxLength": 20},
 }
+UNBOUNDED = {"a map", "a name and a map"}  # a name may be as long as the model likes
 DATES = {"date": r"\d{4}-\d\d-\d\d", "date-time": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)"}
 KINDS: dict[str, tuple[type, ...]] = {
     "object": (dict,),
@@ -167,15 +184,23 @@ def fits_scalar(value: Any, schema: Any) -> bool:
             and re.fullmatch(DATES.get(schema.get("format", ""), ".*"), value, re.DOTALL) is not None
         )
     if is_kind(value, "number"):
-        above = value >= schema.get("minimum", value) and value > schema.get("exclusiveMinimum", value - 1)
-        return bool(above and value <= schema.get("maximum", value) and value < schema.get("exclusiveMaximum", value + 1))
+        above = value >= schema.get("minimum", -math.inf) and value > schema.get("exclusiveMinimum", -math.inf)
+        return bool(above and value <= schema.get("maximum", math.inf) and value < schema.get("exclusiveMaximum", math.inf))
     return True
 
 
 def test_the_validator_can_say_no() -> None:
     person = {"name": "Ann", "age": 3}
     assert fits(person, PERSON, PERSON) and fits([person], SCHEMAS["a list of people"], None)
-    for wrong in ({"name": "Ann"}, {"name": 1, "age": 3}, {"name": "Ann", "age": 131}, {"name": "Ann", "age": True}, person | {"x": 1}, []):
+    wrongs: list[Any] = [
+        {"name": "Ann"},
+        {"name": 1, "age": 3},
+        {"name": "Ann", "age": 131},
+        {"name": "Ann", "age": True},
+        person | {"x": 1},
+        [],
+    ]
+    for wrong in wrongs:
         assert not fits(wrong, PERSON, PERSON)
     assert not fits("AB-1", SCHEMAS["patterns"]["properties"]["plate"], None)
     assert not fits(0, SCHEMAS["numbers"]["properties"]["p"], None) and fits(0.5, SCHEMAS["numbers"]["properties"]["p"], None)
@@ -338,8 +363,8 @@ async def test_a_grammar_that_crashes_the_parser_ends_a_throw_away_process_only(
     """Its parser calls itself for each bracket, until the stack ends: the same as with ``maxLength: 20000`` written out."""
     program = (
         "import sys; sys.path[:] = sys.argv.pop().split(':')\n"
-        "from runtimes.gguf import grammar_check, schema\n"
-        "schema.gbnf = lambda _: 'root ::= ' + '(' * 90_000 + '\"a\"' + ')' * 90_000\n"
+        "from runtimes.gguf import gbnf, grammar_check\n"
+        "gbnf.gbnf = lambda _: 'root ::= ' + '(' * 90_000 + '\"a\"' + ')' * 90_000\n"
         "sys.exit(grammar_check.main())"
     )
     with_program(shop, program, str(smollm2_path), ":".join(sys.path))
@@ -352,7 +377,7 @@ async def test_a_grammar_that_crashes_the_parser_ends_a_throw_away_process_only(
     assert spy.started == 2
 
 
-async def test_a_schema_that_takes_for_ever_is_ended_by_its_processor_time(shop: GrammarShop, monkeypatch: pytest.MonkeyPatch, smollm2_path: Path) -> None:
+async def test_a_schema_that_takes_for_ever_is_ended_by_its_processor_time(shop: GrammarShop, smollm2_path: Path) -> None:
     """One that llama.cpp does not finish. The process has one second here, and the sentence blames the schema."""
     program = (
         "import sys; sys.path[:] = sys.argv.pop().split(':')\n"
@@ -365,6 +390,12 @@ async def test_a_schema_that_takes_for_ever_is_ended_by_its_processor_time(shop:
     assert error.code is Code.BAD_INPUT and "too complex" in error.message
 
 
+async def test_what_the_library_writes_before_the_sentence_is_left_out(shop: GrammarShop) -> None:
+    """It may hold the schema, line for line."""
+    with_program(shop, "import sys; sys.exit(sys.stderr.write('parse: error\\nroot ::= secret\\nthe sentence\\n') and 3)")
+    assert (await refusal(shop, {})).message == "the sentence"
+
+
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "os.abort()"])
 async def test_a_process_that_is_killed_is_a_refusal(shop: GrammarShop, end: str, spy: Spy) -> None:
     with_program(shop, f"import os, signal, sys; sys.stdin.read(); {end}")
@@ -373,7 +404,9 @@ async def test_a_process_that_is_killed_is_a_refusal(shop: GrammarShop, end: str
     assert spy.started == 1
 
 
-async def test_a_process_that_waits_is_ended_and_blames_nobody(shop: GrammarShop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_a_process_that_waits_is_ended_and_blames_nobody(
+    shop: GrammarShop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Processor time ends what computes for ever. What is slow without computing waits for a busy machine, so it may be tried again."""
     monkeypatch.setattr(limits, "GRAMMAR_COMPILE_TIMEOUT_S", 1.0)
     pid = tmp_path / "pid"
@@ -535,8 +568,6 @@ def test_the_two_views_of_a_token_that_ends_are_one(model: Model) -> None:
 
 def test_control_tokens_are_no_text(model: Model) -> None:
     """llama.cpp takes them for their names, which would be a good text; the answer would lack it."""
-    grammar = grammar_of(model, {"enum": ["<|im_start|>", "<repo_name>"]})
-    accept_text(model, grammar, '"<')
     controls = [token for token in range(model.n_vocab) if not model.piece(token) and token not in model.end_tokens()]
     assert model.tokenize("<repo_name>", False, parse_special=True)[0] in controls
     grammar = grammar_of(model, {"type": "string"})
@@ -556,9 +587,40 @@ def test_no_string_holds_a_control_character(model: Model) -> None:
         assert not any(byte < 0x20 or byte == 0x7F for byte in model.piece(int(token)))
 
 
+@pytest.mark.parametrize(
+    ("good", "wrong"),
+    [
+        (b"\xc3\xa9", b"\x80"),  # the middle of a character
+        (b"\xe0\xa0\x80", b"\xe0\x9f"),  # a character that has a shorter form
+        (b"\xed\x9f\xbf", b"\xed\xa0"),  # half of a surrogate pair
+        (b"\xf0\x90\x80\x80", b"\xf0\x8f"),  # a shorter form again
+        (b"\xf4\x8f\xbf\xbf", b"\xf4\x90"),  # beyond the last character
+    ],
+)
+def test_a_character_is_one_of_utf_8(model: Model, good: bytes, wrong: bytes) -> None:
+    """llama.cpp counts bytes that are no UTF-8 as one character, whatever the answer shows for them."""
+    byte = {model.piece(token): token for token in range(model.n_vocab) if len(model.piece(token)) == 1}
+    grammar = grammar_of(model, {"type": "string", "maxLength": 1})
+    accept_text(model, grammar, '"')
+    for at in range(len(good)):
+        if good[:at] == wrong[:-1]:
+            token = byte[wrong[-1:]]
+            assert not grammar.allows(token) and grammar.filter(np.zeros(model.n_vocab, np.float32))[token] == -np.inf
+        grammar.accept(byte[good[at : at + 1]])
+    accept_text(model, grammar, '"')
+
+
 def test_an_answer_is_complete_when_it_cannot_grow(model: Model) -> None:
-    steps = [({"type": "object"}, "{}", True), ({"type": "object"}, "{", False), ({"type": "array"}, "[1]", True), ({}, '"a"', True)]
-    steps += [({"type": "integer"}, "12", False), ({"enum": [1, 12]}, "1", False), ({"type": "boolean"}, "true", True), ({"const": "1"}, '"1', False)]
+    steps: list[tuple[dict[str, Any], str, bool]] = [
+        ({"type": "object"}, "{}", True),
+        ({"type": "object"}, "{", False),
+        ({"type": "array"}, "[1]", True),
+        ({"type": "integer"}, "12", False),
+        ({"enum": [1, 12]}, "1", False),
+        ({"type": "boolean"}, "true", True),
+        ({"const": "1"}, '"1', False),
+        ({}, '"a"', True),
+    ]
     for schema, text, is_complete in steps:
         grammar = grammar_of(model, schema)
         accept_text(model, grammar, text)
@@ -566,38 +628,45 @@ def test_an_answer_is_complete_when_it_cannot_grow(model: Model) -> None:
 
 
 def test_a_grammar_that_is_none_is_refused(model: Model) -> None:
-    for gbnf in ("", "root ::= ", "root ::= undefined", "other ::= \"a\"", "root ::= root"):
+    for gbnf in ("", "root", "root ::= undefined", 'other ::= "a"', "root ::= root", 'root ::= "a', "root ::= [a", 'root ::= ("a"'):
         with pytest.raises(Refused) as caught:
             TokenGrammar(model, gbnf, model.end_tokens())
         assert caught.value.code is Code.BAD_INPUT
 
 
+def walk(model: Model, gbnf: str, seed: int, steps: int = 150) -> str | None:
+    """A text chosen by lot; the longer it gets, the more what closes something is preferred. None: it came to no end."""
+    chance, ends = random.Random(seed), model.end_tokens()
+    grammar, text = TokenGrammar(model, gbnf, ends), b""
+    letters = [token for token in range(model.n_vocab) if len(model.piece(token)) == 1]
+    closing = [token for token in letters if model.piece(token) in b'"}]0']
+    for step in range(steps):
+        tokens = [*letters, *chance.choices(range(model.n_vocab), k=400)]
+        chance.shuffle(tokens)
+        first = closing if chance.random() < step / 50 else []
+        token = next((token for token in (*first, *tokens, *ends) if grammar.allows(token)), None)
+        if token is None:
+            return None
+        if token not in ends:
+            grammar.accept(token)
+            text += model.piece(token)
+        if token in ends or grammar.is_complete():
+            return text.decode("utf-8", "replace")
+    return None
+
+
 def test_every_walk_through_a_grammar_ends_in_a_valid_text(model: Model) -> None:
-    """Choices by lot and not by the model, which would never take the odd ones: quotes, escapes, empty keys, half characters."""
-    pieces = [model.piece(token) for token in range(model.n_vocab)]
-    closing = np.array([any(byte in piece for byte in b'"}]') for piece in pieces], np.float32)
-    short = np.array([len(piece) == 1 for piece in pieces], np.float32)
-    unbounded = {"any value": {}, "any object": {"type": "object"}, "any list": {"type": "array", "minItems": 1}, "any text": {"type": "string"}}
+    """Choices by lot and not by the model, which would never take the odd ones: quotes, escapes, empty names, half characters."""
+    unbounded: dict[str, dict[str, Any]] = {"any value": {}, "any object": {"type": "object"}, "any text": {"type": "string"}}
     finished = 0
     for name, schema in (SCHEMAS | unbounded).items():
         gbnf = convert(json.dumps(schema))
-        for seed in range(3):
-            chance, grammar, text = np.random.default_rng(seed), TokenGrammar(model, gbnf, model.end_tokens()), b""
-            for step in range(120):
-                logits = chance.gumbel(size=model.n_vocab).astype(np.float32) + 3 * short + closing * np.float32(min(step / 5, 9))
-                token = grammar.best(logits)
-                if token in model.end_tokens():
-                    break
-                grammar.accept(token)
-                text += pieces[token]
-                if grammar.is_complete():
-                    break
-            else:
-                continue
-            finished += 1
-            value = json.loads(text.decode("utf-8", "replace"))
-            assert fits(value, schema, schema), (name, seed, text)
-    assert finished > 50
+        for seed in range(6):
+            text = walk(model, gbnf, seed)
+            if text is not None:
+                finished += 1
+                assert fits(json.loads(text), schema, schema), (name, seed, text)
+    assert finished > 100
 
 
 # Whole answers
@@ -612,7 +681,10 @@ def test_answers_fit_their_schemas(bench: Bench, temperature: float) -> None:
         asked.append((name, schema, bench.start(request, convert(request.schema))))
     bench.drain()
     for name, schema, answer in asked:
-        assert answer.end is not None and answer.end.reason is FinishReason.STOP, (name, answer.text)
+        assert answer.end is not None
+        if name in UNBOUNDED and answer.end.reason is FinishReason.LENGTH:
+            continue
+        assert answer.end.reason is FinishReason.STOP, (name, answer.text)
         assert fits(json.loads(answer.text), schema, schema), (name, answer.text)
         assert answer.text == answer.text.strip() and not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", answer.text)
 
@@ -620,7 +692,7 @@ def test_answers_fit_their_schemas(bench: Bench, temperature: float) -> None:
 def test_a_greedy_answer_stops_behind_its_last_bracket(bench: Bench) -> None:
     """A model that sees no reason to end would go on with white space for as long as it may."""
     gbnf = convert(json.dumps(PERSON)) + 'late ::= "unused"\n'
-    loose = gbnf.replace('root ::= ', 'root ::= whole [ \\n]*\nwhole ::= ', 1)
+    loose = gbnf.replace("root ::= ", "root ::= whole [ \\n]*\nwhole ::= ", 1)
     for grammar in (gbnf, loose):
         answer = bench.answer(ask("Invent a person in JSON."), grammar)
         assert answer.text.endswith("}") and answer.end is not None
@@ -628,7 +700,8 @@ def test_a_greedy_answer_stops_behind_its_last_bracket(bench: Bench) -> None:
 
 
 def test_any_object_is_an_object(bench: Bench) -> None:
-    answers = [bench.start(ask("Describe Paris in JSON.", 120, temperature=t, seed=s), convert(ANY_OBJECT)) for s, t in enumerate((0.0, 0.7, 0.9, 1.2))]
+    requests = [ask("Name a city in JSON.", 80, temperature=temperature, seed=3) for temperature in (0.0, 0.7, 1.2)]
+    answers = [bench.start(request, convert(ANY_OBJECT)) for request in requests]
     bench.drain()
     whole = [answer for answer in answers if answer.end is not None and answer.end.reason is FinishReason.STOP]
     assert all(isinstance(json.loads(answer.text), dict) for answer in whole) and whole
@@ -636,17 +709,17 @@ def test_any_object_is_an_object(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_a_resumed_answer_equals_the_undisturbed_one(bench: Bench, temperature: float) -> None:
-    request = ask("Invent people in JSON.", schema=json.dumps(SCHEMAS["a list of people"]), temperature=temperature, seed=5)
+def test_a_resumed_answer_equals_the_undisturbed_one(model: Model, stage: Stage, temperature: float) -> None:
+    request = ask("Invent a person in JSON.", schema=json.dumps(PERSON), temperature=temperature, seed=5)
     gbnf = convert(request.schema)
-    whole = bench.answer(request, gbnf)
+    whole = Bench(model, stage).answer(request, gbnf)
     assert whole.end is not None and whole.end.reason is FinishReason.STOP
     for cut in (1, len(whole.tokens) // 2, len(whole.tokens) - 1):
-        resumed = bench.answer(replace(request, resume=pack_tokens(whole.tokens[:cut])), gbnf)
+        resumed = Bench(model, stage).answer(replace(request, resume=pack_tokens(whole.tokens[:cut])), gbnf)
         assert whole.tokens[:cut] + resumed.tokens == whole.tokens
         assert resumed.text and whole.text.endswith(resumed.text)
         assert resumed.end is not None and resumed.end.reason is FinishReason.STOP
-    done = bench.answer(replace(request, resume=pack_tokens(whole.tokens)), gbnf)
+    done = Bench(model, stage).answer(replace(request, resume=pack_tokens(whole.tokens)), gbnf)
     assert done.tokens == [] and done.end is not None and done.end.reason is FinishReason.STOP
 
 
@@ -665,15 +738,3 @@ def test_a_grammar_holds_against_a_bias(bench: Bench, model: Model) -> None:
         request = replace(request, sampling=replace(request.sampling, logit_bias=((sure, 100.0),)))
         answer = bench.answer(request, convert(request.schema))
         assert fits(json.loads(answer.text), PERSON, PERSON)
-
-
-def test_company_changes_no_answer_with_a_grammar(bench: Bench) -> None:
-    requests = [ask("Invent a person.", schema=json.dumps(PERSON), temperature=0.9, seed=n) for n in range(3)]
-    alone = [bench.answer(request, convert(request.schema)).text for request in requests]
-    together = [bench.start(request, convert(request.schema)) for request in requests]
-    bench.drain()
-    assert [answer.text for answer in together] == alone and len(set(alone)) > 1
-
-
-def logits_of(value: float, size: int) -> Floats:
-    return np.full(size, value, np.float32)

@@ -6,6 +6,8 @@ import pytest
 
 from runtimes.gguf.scheduler import STEP_S, STRETCH, TimeModel, Waiting, chunk_tokens, plan
 
+LONG = [Waiting(1, 5000)]
+
 
 @pytest.mark.parametrize(
     ("decode_rows", "decode_s", "prompt_token_s", "expected"),
@@ -21,17 +23,36 @@ from runtimes.gguf.scheduler import STEP_S, STRETCH, TimeModel, Waiting, chunk_t
 )
 def test_chunks(decode_rows: int, decode_s: float, prompt_token_s: float, expected: int) -> None:
     times = TimeModel(decode_s, prompt_token_s)
-    assert chunk_tokens(decode_rows, 512, times) == expected
+    assert chunk_tokens(decode_rows, LONG, 0, 512, times) == expected
     if decode_rows and expected > 1 and decode_rows + expected < 512:
         assert decode_s + expected * prompt_token_s <= STRETCH * decode_s + 1e-9
     if not decode_rows and expected < 512:
         assert expected * prompt_token_s <= STEP_S + 1e-9
 
 
+@pytest.mark.parametrize(
+    ("decode_rows", "tokens", "queued", "expected"),
+    [
+        (0, [50, 50], 6, 50),  # two that finish together would wait for each other
+        (0, [5, 5], 0, 20),  # unless that costs next to nothing: 20 tokens are SHARED_STEP_S
+        (0, [400, 30], 0, 60),  # the oldest gets its half
+        (0, [400], 0, 70),  # STEP_S
+        (2, [50, 50], 1, 50),  # three wait and two read: the shortest is brought to its first token
+        (2, [50], 1, 3),  # as many wait as read
+        (1, [100, 100], 8, 3),  # one step cannot do it
+        (1, [100, 30], 8, 60),
+    ],
+)
+def test_while_more_wait_than_read(decode_rows: int, tokens: list[int], queued: int, expected: int) -> None:
+    waiting = [Waiting(key, count) for key, count in enumerate(tokens)]
+    assert chunk_tokens(decode_rows, waiting, queued, 512, TimeModel(0.010, 0.005)) == expected
+
+
 def test_the_oldest_gets_half_and_the_shortest_the_rest() -> None:
     times = TimeModel(0.010, 0.001)  # 15 tokens beside answers
     waiting = [Waiting(1, 1000), Waiting(2, 500), Waiting(3, 4), Waiting(4, 100)]
-    assert plan(1, waiting, 512, times) == [(1, 8), (3, 4), (4, 3)]
+    assert plan(5, waiting, 512, times) == [(1, 8), (3, 4), (4, 3)]
+    assert plan(5, [Waiting(1, 10), Waiting(2, 12)], 512, times) == [(1, 10), (2, 5)], "the oldest may be the shortest"
 
 
 def test_several_prompts_share_one_batch_and_none_gets_more_than_it_needs() -> None:
