@@ -27,19 +27,14 @@ from coordinator.ports import IslandPort, JobRun
 from coordinator.statistics import Statistics
 from coordinator.tickets import TicketIssuer
 from protocol import limits
-from protocol.envelope import Envelope
 from protocol.errors import ArchipelagError, Code, Refused
 from protocol.generation import GENERATION, GenerationRequest
 from protocol.messages import JobAccepted, JobChunk, JobDone
-from protocol.receipts import Receipt
-from protocol.registry import Struct
+from protocol.receipts import peek_receipt
 
 log = logging.getLogger(__name__)
 
 Emit = Callable[[Event], Awaitable[None]]
-
-_ENVELOPE: Struct[Envelope] = Struct(Envelope)
-_RECEIPT: Struct[Receipt] = Struct(Receipt)
 
 
 class Verdict(Enum):
@@ -83,7 +78,7 @@ def price_of(receipt: bytes) -> int:
     """Micro-credits of a receipt whose signature the port has checked already; 0 where there is none."""
     if not receipt:
         return 0
-    return _RECEIPT.decode(_ENVELOPE.decode(receipt).payload).price_micros
+    return peek_receipt(receipt).price_micros
 
 
 @dataclass(slots=True)

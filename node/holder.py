@@ -33,7 +33,7 @@ from protocol.messages import (
     JobOpen,
 )
 from protocol.receipts import Receipt, check_receipt, read_receipt
-from protocol.tickets import read_ticket, ticket_hash
+from protocol.tickets import peek_ticket, ticket_hash
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class RunningJob:
     def __init__(self, number: int, ticket: bytes) -> None:
         self.number = number
         self.ticket_hash = ticket_hash(ticket)
-        self.price_max_micros = read_ticket(ticket).price_limit_micros
+        self.price_max_micros = peek_ticket(ticket).price_limit_micros
         self.ended = False
         # What may wait here is bounded by the job stream's own limit on tokens, so sending never blocks the link's reader.
         self.send, self._receive = trio.open_memory_channel[_Event | Refused](math.inf)

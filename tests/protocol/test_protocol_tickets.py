@@ -13,7 +13,9 @@ from protocol.tickets import (
     Delegation,
     TicketGuard,
     network_id_of,
+    peek_ticket,
     read_delegation,
+    read_ticket,
     sign_delegation,
     sign_ticket,
     ticket_hash,
@@ -262,3 +264,12 @@ def test_a_network_is_named_by_its_key() -> None:
 def test_the_hash_of_a_ticket_is_that_of_its_bytes() -> None:
     assert ticket_hash(b"") == bytes.fromhex("e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855")
     assert ticket_hash(signed()) != ticket_hash(signed(job_id="job-2"))
+
+
+def test_a_look_without_the_signature_sees_the_same() -> None:
+    sealed = signed()
+    assert peek_ticket(sealed) == read_ticket(sealed)
+    forged = sealed[:-1] + bytes([sealed[-1] ^ 1])
+    assert peek_ticket(forged) == read_ticket(sealed), "it is for what was checked before"
+    with pytest.raises(RemoteProtocolError):
+        peek_ticket(b"")
