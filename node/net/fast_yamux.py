@@ -25,270 +25,32 @@ Rules.
 from __future__ import annotations
 
 import logging
-import struct
-from collections import deque
 from collections.abc import Awaitable, Callable
-from types import TracebackType
 from typing import Any
 
 import trio
 from cryptography.exceptions import InvalidTag
-from libp2p.abc import IMuxedConn, IMuxedStream
+from libp2p.abc import IMuxedConn
 from libp2p.connection_types import ConnectionType
 from libp2p.io.exceptions import IOException
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import (
     MuxedConnUnavailable,
-    MuxedStreamEOF,
     MuxedStreamError,
     MuxedStreamReset,
 )
 from multiaddr import Multiaddr
 
 from node.net.fast_noise import RECORD_BYTES_MAX, NoiseSession, Piece
+from node.net.fast_stream import FastStream
+from node.net.yamux_wire import ACK, DATA, FIN, GO_AWAY, HEADER, PING, RST, SYN, WINDOW, YamuxViolation, frame_header
 from protocol import limits
 
 log = logging.getLogger(__name__)
-
-_HEADER = struct.Struct(">BBHII")
-_DATA, _WINDOW, _PING, _GO_AWAY = 0, 1, 2, 3
-_SYN, _ACK, _FIN, _RST = 1, 2, 4, 8
-
-WINDOW_BYTES_MIN = 256 * 1024  # "both sides assume the initial 256KB window"
-_SEND_WINDOW_BYTES_MAX = 1 << 31
-_BODY_BYTES_MAX = RECORD_BYTES_MAX - _HEADER.size
-_BATCH_FRAMES = 4
-_MERGE_BELOW_BYTES = 512
 _GOODBYE_S = 0.5
 _MEASURE_S = 30.0
-_MERGED_BYTES_MAX = 64 * 1024
 _CLOSED_HERE = "closed on this side"
 _SECOND_LOOK_S = 0.5  # after this process itself was frozen, what had arrived meanwhile is read first
-
-
-class YamuxViolation(Exception):
-    """The peer sent what the specification forbids."""
-
-
-def _frame(kind: int, flags: int, stream_id: int, value: int) -> bytes:
-    return _HEADER.pack(0, kind, flags, stream_id, value)
-
-
-class FastStream(IMuxedStream):
-    """One stream. One task may read while another writes; that only one task writes is the caller's business."""
-
-    def __init__(self, connection: FastYamux, stream_id: int, inbound: bool) -> None:
-        self.muxed_conn: IMuxedConn = connection
-        self.connection = connection
-        self.stream_id = stream_id
-        self.inbound = inbound
-        self.send_closed = False
-        self.recv_closed = False
-        self.was_reset = False
-        self._left = False
-        self._send_window = WINDOW_BYTES_MIN
-        self._window = WINDOW_BYTES_MIN  # what we promised to buffer
-        self._recv_window = WINDOW_BYTES_MIN  # what the peer may still send
-        self._consumed = 0  # read by us, not yet given back as credit
-        self._chunks: deque[Piece] = deque()
-        self._readers = trio.lowlevel.ParkingLot()
-        self._writers = trio.lowlevel.ParkingLot()
-
-    def __repr__(self) -> str:
-        state = "reset" if self.was_reset else f"{'-' if self.recv_closed else 'r'}{'-' if self.send_closed else 'w'}"
-        return f"<FastStream {self.stream_id} {state}, {len(self._chunks)} chunks, may send {self._send_window} B>"
-
-    # -- reading
-
-    async def receive_chunks(self) -> list[Piece]:
-        """Everything that has arrived, at least one byte. Raises MuxedStreamEOF, MuxedStreamReset."""
-        if not self._chunks:
-            await self._wait_for_chunk()
-        chunks = list(self._chunks)
-        self._chunks.clear()
-        self._give_credit(sum(map(len, chunks)))
-        return chunks
-
-    async def read(self, n: int | None = None) -> bytes:
-        """Up to ``n`` bytes, at least one."""
-        if n == 0:
-            return b""
-        if not self._chunks:
-            await self._wait_for_chunk()
-        chunk = self._chunks.popleft()
-        if n is not None and 0 < n < len(chunk):
-            view = memoryview(chunk)
-            self._chunks.appendleft(view[n:])
-            chunk = view[:n]
-        self._give_credit(len(chunk))
-        return bytes(chunk)
-
-    async def _wait_for_chunk(self) -> None:
-        while not self._chunks:
-            if self.was_reset:
-                raise MuxedStreamReset("the stream or its connection was lost")
-            if self.recv_closed:
-                raise MuxedStreamEOF("the peer has ended the stream")
-            await self._readers.park()
-
-    def _give_credit(self, count: int) -> None:
-        self._consumed += count
-        if self._consumed * 4 >= self._window and not self.recv_closed:
-            self.connection.send_control(_frame(_WINDOW, 0, self.stream_id, self._consumed))
-            self._recv_window += self._consumed
-            self._consumed = 0
-
-    def widen_window(self) -> None:
-        """Lets the peer send large messages without waiting, as far as the connection's budget reaches."""
-        extra = self.connection.reserve_window(limits.STREAM_WINDOW_BYTES - self._window)
-        if extra > 0 and not self.recv_closed:
-            self._window += extra
-            self._recv_window += extra
-            self.connection.send_control(_frame(_WINDOW, 0, self.stream_id, extra))
-
-    # -- writing
-
-    async def write(self, data: Piece) -> None:
-        """Waits until all of it has left. Cancelled before the first byte it leaves no trace; half way, a reset."""
-        view = memoryview(data)
-        offset = 0
-        try:
-            while offset < len(view):
-                self._check_writable()
-                await trio.lowlevel.checkpoint_if_cancelled()
-                if self._send_window <= 0:
-                    await self._writers.park()
-                    continue
-                offset += await self.connection.send_data(self, view[offset:])
-        except trio.Cancelled:
-            if offset:
-                self.reset_nowait()
-            raise
-
-    def _check_writable(self) -> None:
-        if self.was_reset:
-            raise MuxedStreamReset("the stream or its connection was lost")
-        if self.send_closed:
-            raise MuxedStreamError("the stream was closed for writing")
-
-    def take_frames(self, view: memoryview) -> tuple[list[Piece], int]:
-        """Data frames for at most one batch of ``view``, as far as the window reaches, and the count of its bytes."""
-        self._check_writable()
-        frames: list[Piece] = []
-        taken = 0
-        while len(frames) < _BATCH_FRAMES:
-            size = min(self._send_window, _BODY_BYTES_MAX, len(view) - taken)
-            if size <= 0:
-                break
-            frames.append(b"".join((_frame(_DATA, 0, self.stream_id, size), view[taken : taken + size])))
-            taken += size
-            self._send_window -= size
-        return frames, taken
-
-    # -- ending
-
-    async def close(self) -> None:
-        """Ends our direction; the peer may go on sending. Never fails."""
-        self.close_write_nowait()
-        await trio.lowlevel.checkpoint()
-
-    def close_write_nowait(self) -> None:
-        if self.send_closed:
-            return
-        self.send_closed = True
-        self._writers.unpark_all()
-        self.connection.send_control(_frame(_WINDOW, _FIN, self.stream_id, 0))
-        self._forget_if_done()
-
-    async def reset(self) -> None:
-        self.reset_nowait()
-        await trio.lowlevel.checkpoint()
-
-    def reset_nowait(self) -> None:
-        """Ends both directions at once and drops what was not read. Never fails."""
-        done = self.send_closed and self.recv_closed
-        self._chunks.clear()
-        if not done:
-            self.connection.send_control(_frame(_WINDOW, _RST, self.stream_id, 0))
-        self.lose()
-
-    def leave_nowait(self) -> None:
-        """Ends our direction and stops listening: should the peer go on sending, the stream is reset then."""
-        self._left = True
-        self._chunks.clear()
-        self.close_write_nowait()
-
-    def lose(self) -> None:
-        """The stream is no more; chunks that had arrived stay readable."""
-        self.send_closed = self.recv_closed = self.was_reset = True
-        self._wake()
-        self._forget_if_done()
-
-    def _wake(self) -> None:
-        self._readers.unpark_all()
-        self._writers.unpark_all()
-
-    def _forget_if_done(self) -> None:
-        if self.send_closed and self.recv_closed:
-            self.connection.forget(self, self._window - WINDOW_BYTES_MIN)
-            self._window = WINDOW_BYTES_MIN
-
-    # -- called by the connection's reader
-
-    def expect(self, count: int) -> None:
-        """A data frame of ``count`` bytes begins. Raises YamuxViolation when it overruns the window."""
-        if self.recv_closed and not self.was_reset:
-            raise YamuxViolation("data after the end of a stream")
-        self._recv_window -= count
-        if self._recv_window < 0:
-            raise YamuxViolation("more data than the window allows")
-
-    def deliver(self, chunk: memoryview) -> None:
-        if self.recv_closed:
-            return
-        if self._left:
-            self.reset_nowait()
-            return
-        queue = self._chunks
-        if queue and len(chunk) < _MERGE_BELOW_BYTES:
-            last = queue[-1]
-            if type(last) is bytearray and len(last) < _MERGED_BYTES_MAX:
-                last += chunk
-            else:
-                queue.append(bytearray(chunk))
-        else:
-            queue.append(chunk)
-        self._readers.unpark_all()
-
-    def add_send_window(self, count: int) -> None:
-        self._send_window += count
-        if self._send_window > _SEND_WINDOW_BYTES_MAX:
-            raise YamuxViolation("the send window overflowed")
-        self._writers.unpark_all()
-
-    def peer_ended(self, flags: int) -> None:
-        if flags & _RST:
-            self.lose()
-        elif flags & _FIN:
-            self.recv_closed = True
-            self._readers.unpark_all()
-            self._forget_if_done()
-
-    # -- the rest of libp2p's interface
-
-    def set_deadline(self, ttl: int) -> None:
-        raise NotImplementedError("use a trio cancel scope")
-
-    def get_remote_address(self) -> tuple[str, int] | None:
-        return self.connection.get_remote_address()
-
-    async def __aenter__(self) -> IMuxedStream:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
 
 class FastYamux(IMuxedConn):
@@ -397,7 +159,7 @@ class FastYamux(IMuxedConn):
         """Says goodbye if that goes quickly, then closes; a write that hangs ends with the socket."""
         if self.lost_reason is None:
             self._closing = True
-            self.send_control(_frame(_GO_AWAY, 0, 0, error_code))
+            self.send_control(frame_header(GO_AWAY, 0, 0, error_code))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._flush_control)
                 try:
@@ -423,7 +185,7 @@ class FastYamux(IMuxedConn):
         self._next_stream_id += 2
         self._streams[stream.stream_id] = stream
         self._owner.counters.streams_opened += 1
-        self.send_control(_frame(_WINDOW, _SYN, stream.stream_id, 0))
+        self.send_control(frame_header(WINDOW, SYN, stream.stream_id, 0))
         return stream
 
     async def accept_stream(self) -> FastStream:
@@ -477,7 +239,7 @@ class FastYamux(IMuxedConn):
     def _take_control(self) -> list[Piece]:
         control = self._control
         if self._pong is not None:
-            control += _frame(_PING, _ACK, 0, self._pong)
+            control += frame_header(PING, ACK, 0, self._pong)
             self._pong = None
         self._control = bytearray()
         return [control[i : i + RECORD_BYTES_MAX] for i in range(0, len(control), RECORD_BYTES_MAX)]
@@ -540,16 +302,16 @@ class FastYamux(IMuxedConn):
         while offset < end:
             if self._body_left:
                 offset = self._on_body(view, offset, end)
-            elif not self._partial and end - offset >= _HEADER.size:
-                self._on_header(*_HEADER.unpack_from(view, offset))
-                offset += _HEADER.size
+            elif not self._partial and end - offset >= HEADER.size:
+                self._on_header(*HEADER.unpack_from(view, offset))
+                offset += HEADER.size
             else:
-                taken = view[offset : offset + _HEADER.size - len(self._partial)]
+                taken = view[offset : offset + HEADER.size - len(self._partial)]
                 offset += len(taken)
                 self._partial += taken
-                if len(self._partial) == _HEADER.size:
+                if len(self._partial) == HEADER.size:
                     header, self._partial = self._partial, b""
-                    self._on_header(*_HEADER.unpack(header))
+                    self._on_header(*HEADER.unpack(header))
 
     def _on_body(self, view: memoryview, offset: int, end: int) -> int:
         stop = min(end, offset + self._body_left)
@@ -563,19 +325,19 @@ class FastYamux(IMuxedConn):
     def _on_header(self, version: int, kind: int, flags: int, stream_id: int, value: int) -> None:
         if version != 0:
             raise YamuxViolation(f"version {version}")
-        if kind == _DATA:
+        if kind == DATA:
             self._on_data(flags, stream_id, value)
-        elif kind == _WINDOW:
+        elif kind == WINDOW:
             self._on_window(flags, stream_id, value)
-        elif kind == _PING:
+        elif kind == PING:
             self._on_ping(flags, value)
-        elif kind == _GO_AWAY:
+        elif kind == GO_AWAY:
             self.lose("the peer said goodbye")
         else:
             raise YamuxViolation(f"frame type {kind}")
 
     def _on_data(self, flags: int, stream_id: int, count: int) -> None:
-        if flags & _SYN:
+        if flags & SYN:
             self._on_syn(stream_id)
         stream = self._streams.get(stream_id)
         if stream is not None:
@@ -584,10 +346,10 @@ class FastYamux(IMuxedConn):
                 stream.peer_ended(flags)
         elif count > limits.STREAM_WINDOW_BYTES:
             raise YamuxViolation(f"a frame of {count} bytes")
-        self._body_left, self._body_stream, self._body_flags = count, stream, flags & (_FIN | _RST)
+        self._body_left, self._body_stream, self._body_flags = count, stream, flags & (FIN | RST)
 
     def _on_window(self, flags: int, stream_id: int, count: int) -> None:
-        if flags & _SYN:
+        if flags & SYN:
             self._on_syn(stream_id)
         stream = self._streams.get(stream_id)
         if stream is not None:
@@ -602,25 +364,25 @@ class FastYamux(IMuxedConn):
             raise YamuxViolation(f"stream {stream_id} has our own parity")
         if self._inbound_count >= limits.STREAMS_PER_PEER_MAX:
             self._owner.counters.streams_refused += 1
-            self.send_control(_frame(_WINDOW, _RST, stream_id, 0))
+            self.send_control(frame_header(WINDOW, RST, stream_id, 0))
             return
         stream = FastStream(self, stream_id, inbound=True)
         try:
             self._accepted.send_nowait(stream)
         except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
             self._owner.counters.streams_refused += 1
-            self.send_control(_frame(_WINDOW, _RST, stream_id, 0))
+            self.send_control(frame_header(WINDOW, RST, stream_id, 0))
             return
         self._streams[stream_id] = stream
         self._inbound_count += 1
         self._owner.counters.streams_accepted += 1
-        self.send_control(_frame(_WINDOW, _ACK, stream_id, 0))
+        self.send_control(frame_header(WINDOW, ACK, stream_id, 0))
 
     def _on_ping(self, flags: int, number: int) -> None:
-        if flags & _SYN:
+        if flags & SYN:
             self._pong = number
             self._control_waiter.unpark()
-        elif flags & _ACK and number == self._ping_number:
+        elif flags & ACK and number == self._ping_number:
             self.round_trip_s = trio.current_time() - self._ping_sent_s
 
     # -- keepalive
@@ -644,7 +406,7 @@ class FastYamux(IMuxedConn):
     def _send_ping(self) -> None:
         self._ping_number = (self._ping_number + 1) % (1 << 32)
         self._ping_sent_s = trio.current_time()
-        self.send_control(_frame(_PING, _SYN, 0, self._ping_number))
+        self.send_control(frame_header(PING, SYN, 0, self._ping_number))
 
     async def _answers(self) -> bool:
         """Pings; whether anything was heard in time."""

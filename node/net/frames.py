@@ -14,7 +14,7 @@ from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
 
 from node.net.counters import NetCounters
 from node.net.fast_noise import Piece
-from node.net.fast_yamux import FastStream
+from node.net.fast_stream import FastStream
 from protocol.errors import LinkLost, RemoteProtocolError
 from protocol.framing import PREFIX_BYTES, encode_frame, parse_prefix
 from protocol.registry import Registry

@@ -48,7 +48,8 @@ from multiaddr import Multiaddr
 from node.net import workarounds
 from node.net.counters import NetCounters
 from node.net.fast_noise import FastNoise
-from node.net.fast_yamux import FastStream, FastYamux
+from node.net.fast_stream import FastStream
+from node.net.fast_yamux import FastYamux
 from node.net.frames import FrameStream
 from node.net.oneline import leaves, one_line
 from protocol import checks, limits

@@ -282,7 +282,7 @@ class GgufCargo:
         grammar = await self._grammar(request)
         worker = self._worker
         if worker is None:
-            raise Refused(Code.WORKER_DIED, "the engine is being restarted")
+            raise Refused(Code.NO_CAPACITY, "the engine is being restarted")  # not this job's doing: it has ended no worker
         if not self._is_busy():
             worker.heard_s = trio.current_time()  # what was silent so far had nothing to say
         self._numbers += 1

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import trio
 
-from node.net.fast_yamux import FastStream
+from node.net.fast_stream import FastStream
 from node.net.host import PeerLost, split_address
 from protocol import limits
 from protocol.errors import LinkLost
