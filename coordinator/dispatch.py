@@ -27,7 +27,7 @@ from coordinator.ports import IslandPort, JobRun
 from coordinator.statistics import Statistics
 from coordinator.tickets import TicketIssuer
 from protocol import limits
-from protocol.errors import ArchipelagError, Code, Refused
+from protocol.errors import RETRYABLE, ArchipelagError, Code, Refused
 from protocol.generation import GENERATION, GenerationRequest
 from protocol.messages import JobAccepted, JobChunk, JobDone
 from protocol.receipts import peek_receipt
@@ -46,19 +46,6 @@ class Verdict(Enum):
     LARGER = auto()  # only a larger context would help
 
 
-_ELSEWHERE = frozenset(
-    {
-        Code.DRAINING,
-        Code.LINK_LOST,
-        Code.WORKER_DIED,
-        Code.TIMEOUT,
-        Code.CANCELLED,  # we did not cancel it, so its Island is going down
-        Code.UNKNOWN_CARGO,  # the ad was older than the Island's memory
-        Code.BAD_TICKET,  # the Island has restarted: the ticket names its earlier run
-    }
-)
-
-
 def verdict(code: Code, workers_ended: int, attempts: int) -> Verdict:
     """What to do after an Island's refusal, the counts including it."""
     if code is Code.NO_CAPACITY:
@@ -66,7 +53,7 @@ def verdict(code: Code, workers_ended: int, attempts: int) -> Verdict:
     if code is Code.CONTEXT_LENGTH:
         return Verdict.LARGER
     if (
-        code not in _ELSEWHERE
+        code not in RETRYABLE
         or attempts >= limits.JOB_ATTEMPTS_MAX
         or workers_ended >= limits.WORKERS_ENDED_PER_JOB_MAX
     ):
@@ -294,7 +281,9 @@ class Dispatcher:
             smallest = max(wish.context_over, candidate.offer.context_tokens)
             progress.wish = replace(wish, context_over=smallest)
         else:
-            progress.wish = replace(wish, excluded={**wish.excluded, island: candidate.sequence})
+            # not the ad that it was chosen by: taking this very job has changed its room, and so made it send a newer one
+            newest = max(candidate.sequence, self._placer.newest_sequence(island))
+            progress.wish = replace(wish, excluded={**wish.excluded, island: newest})
         if progress.tokens and not progress.wish.content_hash:
             offer = candidate.offer
             progress.wish = replace(progress.wish, content_hash=offer.content_hash, engine=progress.engines[-1])

@@ -85,6 +85,11 @@ class Placer:
         """Islands in the book when it was last looked at. A plain number, for any thread."""
         return len(self._entries)
 
+    def newest_sequence(self, island: str) -> int:
+        """Of the Island's newest ad; 0 where it is not in the book."""
+        entry = self._book().entries.get(island)
+        return entry.ad.sequence if entry is not None else 0
+
     def islands(self) -> int:
         """Islands in the book."""
         self._refresh()

@@ -166,6 +166,8 @@ class _Island:
                 self.gpus = report.gpus
                 for gpu in report.gpus:
                     log.info("GPU %s (%s), %.1f GiB", gpu.name, gpu.backend, gpu.vram_bytes / 1024**3)
+            for name in sorted(set(config.asks) - set(cargos)):
+                log.warning("--ask %s: no Cargo of that name is loaded; loaded: %s", name, ", ".join(sorted(cargos)) or "none")
             log.info("this Island is %s; note: %s", self._key.peer_id, READ_WARNING)
             host = await stack.enter_async_context(open_host(self._key.seed, config.listen))
             finder = CoordinatorFinder(

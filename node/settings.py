@@ -91,6 +91,8 @@ def _convert(action: argparse.Action, raw: Any, source: str) -> Any:
         if action.nargs == 0:
             return raw if isinstance(raw, bool) else _parse_bool(str(raw))
         convert = action.type if callable(action.type) else str
+        if action.choices is not None and str(raw) not in action.choices:
+            raise ValueError(f"{raw!r} is none of {', '.join(map(str, action.choices))}")
         if isinstance(action, argparse._AppendAction):
             items = raw if isinstance(raw, list) else [part for part in str(raw).split(",") if part]
             return [convert(str(item)) for item in items]

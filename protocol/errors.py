@@ -59,7 +59,17 @@ class Code(StrEnum):
 
 
 RETRYABLE: frozenset[Code] = frozenset(
-    {Code.NO_CAPACITY, Code.DRAINING, Code.WORKER_DIED, Code.LINK_LOST, Code.TIMEOUT}
+    {
+        Code.NO_CAPACITY,
+        Code.DRAINING,
+        Code.WORKER_DIED,
+        Code.LINK_LOST,
+        Code.TIMEOUT,
+        Code.CANCELLED,  # by somebody else than the holder: the Island is going down
+        Code.UNKNOWN_CARGO,  # its ad was older than its memory
+        Code.BAD_TICKET,  # it has restarted, and the ticket names its earlier run; the next try has a ticket of its own
+        Code.CONTEXT_LENGTH,  # one with a larger context
+    }
 )
 """Codes after which another Island may take the job; the others would fail there too."""
 

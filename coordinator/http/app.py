@@ -113,6 +113,8 @@ class Api:
             response = _error(from_refusal(refusal))
         except web.HTTPException as error:
             response = _error(_from_http(error, self._services.body_bytes_max))
+        except web.RequestPayloadError:
+            response = _error(ApiError(400, "the body could not be read: it is not what its headers say", code="invalid_body"))
         except ConnectionError:
             raise  # the client has gone; aiohttp cleans up
         except Exception as error:
@@ -198,9 +200,8 @@ class Api:
         writer = StreamWriter(answer, shape)
         try:
             events = await _opening(stream)
-            accepted = [event for event in events if isinstance(event, Accepted)]
-            if accepted:
-                answer.note(next(event for event in reversed(accepted) if event.choice == accepted[0].choice))
+            if (accepted := _first_server(events)) is not None:
+                answer.note(accepted)
             headers = {**answer.headers(), **_CALL.get().headers()}
             async with EventStream(request, headers, self._services.keep_alive_comment_s, stream.nudge) as output:
                 await _pump(stream, events, writer, output)
@@ -208,6 +209,17 @@ class Api:
         finally:
             if not writer.complete:
                 stream.close()
+
+
+def _first_server(events: list[Event]) -> Accepted | None:
+    """The Island that gave the first words: the last one that took the first choice before anything was said."""
+    found: Accepted | None = None
+    for said in events:
+        if not isinstance(said, Accepted):
+            break
+        if found is None or said.choice == found.choice:
+            found = said
+    return found
 
 
 async def _opening(stream: Stream[Event]) -> list[Event]:

@@ -15,7 +15,10 @@ import trio
 
 from node import VERSION, logs
 from node.commands.common import add_data_dir, add_logging, add_network, checked, settled
-from node.settings import defaults, parse_host_port
+from node.ready import check_ready_file
+from node.settings import defaults, parse_bytes, parse_host_port
+from protocol import limits
+from protocol.errors import ConfigError
 
 HELP = "run a Coordinator: the OpenAI-compatible API and the matching"
 
@@ -42,6 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IP",
         help="believe X-Forwarded-For from this address; may be repeated",
     )
+    parser.add_argument(
+        "--body-limit",
+        type=checked(parse_bytes),
+        metavar="BYTES",
+        help=f"largest request body (default: {limits.BODY_BYTES_MAX}; at most {limits.JOB_INPUT_BYTES_MAX})",
+    )
+    parser.add_argument(
+        "--job-timeout",
+        type=float,
+        metavar="SECONDS",
+        help=f"longest time that a job may take (default: {limits.JOB_TIMEOUT_S:.0f})",
+    )
     add_network(parser, "/ip4/0.0.0.0/tcp/4001")
     add_logging(parser)
 
@@ -55,7 +70,14 @@ def run(arguments: argparse.Namespace) -> int:
         no_mdns=False,
         trusted_proxy=[],
         insecure_http=False,
+        body_limit=limits.BODY_BYTES_MAX,
+        job_timeout=limits.JOB_TIMEOUT_S,
     )
+    if not 0 < settings.body_limit <= limits.JOB_INPUT_BYTES_MAX:
+        raise ConfigError(f"--body-limit takes 1 to {limits.JOB_INPUT_BYTES_MAX} bytes")
+    if not 0 < settings.job_timeout <= limits.TICKET_LIFETIME_S:
+        raise ConfigError(f"--job-timeout takes more than 0 and at most {limits.TICKET_LIFETIME_S:.0f} seconds")
+    check_ready_file(settings.ready_file)
     logs.setup(settings.log_json, settings.log_level)
     from coordinator.config import CoordinatorConfig
     from node.coordinator_role import CoordinatorRole, run_coordinator
@@ -69,6 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
         tls_key=settings.tls_key or "",
         insecure_http=settings.insecure_http,
         trusted_proxies=tuple(settings.trusted_proxy),
+        body_bytes_max=settings.body_limit,
+        job_timeout_s=settings.job_timeout,
         version=VERSION,
     )
     role = CoordinatorRole(

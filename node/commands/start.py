@@ -20,6 +20,7 @@ import trio
 
 from node import logs
 from node.commands.common import add_data_dir, add_logging, add_network, checked, settled
+from node.ready import check_ready_file
 from node.settings import defaults, parse_bytes
 from protocol.errors import ConfigError
 from protocol.prices import Ask, parse_ask
@@ -93,6 +94,11 @@ def run(arguments: argparse.Namespace) -> int:
     logs.setup(settings.log_json, settings.log_level)
     if settings.threads is not None and settings.threads < 1:
         raise ConfigError("--threads must be at least 1")
+    if settings.context is not None and settings.context < 2:
+        raise ConfigError("--context must be at least 2 tokens")
+    if settings.echo_delay < 0:
+        raise ConfigError("--echo-delay must not be negative")
+    check_ready_file(settings.ready_file)
     from node.cargos import CargoSettings
     from node.trust import check_address
 

@@ -278,6 +278,14 @@ async def test_wrong_addresses(tmp_path: Path, method: str, path: str, status: i
         await check_alive(connection)
 
 
+async def test_a_body_that_is_not_what_its_headers_say(tmp_path: Path) -> None:
+    async with coordinator(tmp_path, island()) as running, wire(running) as connection:
+        got, headers, body = await connection.send(
+            "POST", "/v1/chat/completions", b"abc", {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+        )
+        assert (got, check_envelope(headers, body)["code"]) == (400, "invalid_body")
+
+
 async def test_keys(tmp_path: Path) -> None:
     """Missing, malformed, wrong, read-only: told apart, in the envelope, on a connection that lives on."""
     body = json.dumps(HELLO).encode()

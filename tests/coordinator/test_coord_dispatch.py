@@ -258,6 +258,24 @@ async def test_the_island_itself_may_take_the_job_again_once_it_is_back(autojump
     assert b.statistics.takeovers_mid_stream == 1
 
 
+async def test_an_ad_that_came_while_the_job_ran_does_not_bring_its_island_back(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Taking the job has changed the Island's room, so it has sent a newer ad before its worker died."""
+    dying, other = first(Script(fail_after=2, failure=Code.WORKER_DIED, token_s=1.0)), second()
+    b = bench(dying, other)
+
+    async def tell_the_room() -> None:
+        await trio.sleep(0.5)
+        b.port.advertise(dying)
+        b.placer.book_changed()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tell_the_room)
+        assert await b.run() == WORDS
+    assert len(dying.requests) == 1 and b.result().islands == (dying.peer, other.peer)
+
+
 async def test_a_full_island_is_asked_again_when_a_job_of_ours_has_ended_there(
     autojump_clock: trio.testing.MockClock,
 ) -> None:

@@ -18,6 +18,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-dir")
     parser.add_argument("--memory-limit", type=checked(parse_bytes))
     parser.add_argument("--cargo", action="append")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
     parser.add_argument("--log-json", action="store_true", default=None)
     return parser
 
@@ -59,6 +60,7 @@ def test_lists_and_switches(tmp_path: Path) -> None:
         ({}, "memmory_limit = 1", "unknown settings: memmory_limit"),
         ({}, "= broken", "config.toml"),
         ({"ARCHIPELAG_LOG_JSON": "perhaps"}, "", "neither true nor false"),
+        ({"ARCHIPELAG_LOG_LEVEL": "foo"}, "", "none of debug, info, warning, error"),
     ],
 )
 def test_bad_values_name_their_source(tmp_path: Path, environment: dict[str, str], toml: str, words: str) -> None:

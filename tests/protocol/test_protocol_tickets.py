@@ -42,7 +42,7 @@ def signed(signer: Any = COORDINATOR, **changes: Any) -> bytes:
 def refusal(made: TicketGuard, data: bytes, sender: str = HOLDER.peer_id, now_ms: int = NOW_MS) -> str:
     with pytest.raises(Refused) as caught:
         made.admit(data, sender, now_ms)
-    assert caught.value.code is Code.BAD_TICKET and not caught.value.retryable
+    assert caught.value.code is Code.BAD_TICKET and caught.value.retryable
     assert made.admitted == 0 or made.refused
     return caught.value.message
 
