@@ -84,9 +84,11 @@ class Shelf:
         return None if best is None else (best, longest)
 
     def taken(self, entry: Shelved) -> None:
-        """It was put back into cells."""
-        number = next(n for n, other in self._entries.items() if other is entry)
-        self._entries.move_to_end(number)
+        """It is put back into cells. It may have been pushed out since it was found; whoever holds it can use it all the same."""
+        for number, other in self._entries.items():
+            if other is entry:
+                self._entries.move_to_end(number)
+                break
         self._found += 1
 
     def _drop(self, number: int) -> None:

@@ -60,3 +60,14 @@ def test_the_least_recently_used_goes_first_and_the_bound_holds() -> None:
     shelf.put(SALT, tokens(5), state(31))
     assert shelf.statistics().entries == 2, "what does not fit at all pushes nothing out"
     assert shelf.statistics().found_total == 1
+
+
+def test_what_was_pushed_out_since_it_was_found_can_still_be_used() -> None:
+    """Making room for a job puts other prefixes on the shelf before the job's own is taken from it."""
+    shelf = Shelf(10)
+    shelf.put(SALT, tokens(1), state(10))
+    found = shelf.find(SALT, tokens(1))
+    assert found is not None
+    shelf.put(OTHER, tokens(2), state(10))
+    shelf.taken(found[0])
+    assert len(found[0].state) == 10 and shelf.statistics().found_total == 1
