@@ -6,6 +6,7 @@ import ipaddress
 from dataclasses import dataclass
 
 from protocol import limits
+from protocol.activations import Activations
 from protocol.errors import ConfigError
 
 
@@ -21,7 +22,8 @@ def is_loopback(host: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorConfig:
-    """``http_port`` 0 picks a free one. ``trusted_proxies``: addresses or networks whose X-Forwarded-For counts."""
+    """``http_port`` 0 picks a free one. ``trusted_proxies``: addresses or networks whose X-Forwarded-For counts. ``activations``: how
+    hidden states travel between the stages of a pipeline."""
 
     database_url: str
     http_host: str = "127.0.0.1"
@@ -36,6 +38,7 @@ class CoordinatorConfig:
     island_wait_s: float = limits.ISLAND_WAIT_S
     keep_alive_comment_s: float = limits.KEEPALIVE_COMMENT_S
     login_tries_per_minute: int = limits.LOGIN_TRIES_PER_MINUTE
+    activations: Activations = Activations.F32
     version: str = "0"
 
     def __post_init__(self) -> None:

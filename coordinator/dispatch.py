@@ -19,9 +19,10 @@ from enum import Enum, auto
 import trio
 
 from coordinator.affinity import Affinity
-from coordinator.jobs import Accepted, ChoiceResult, Event, JobSpec, Text
+from coordinator.jobs import Accepted, ChoiceResult, Event, JobSpec, StageShare, Text
 from coordinator.logprobs import read_logprobs
 from coordinator.matching import Candidate, Wish, declared_tokens
+from coordinator.pipelines import Pipelines
 from coordinator.placement import Placement, Placer
 from coordinator.ports import IslandPort, JobRun
 from coordinator.statistics import Statistics
@@ -29,11 +30,14 @@ from coordinator.tickets import TicketIssuer
 from protocol import limits
 from protocol.errors import RETRYABLE, ArchipelagError, Code, Refused
 from protocol.generation import GENERATION, GenerationRequest
-from protocol.messages import JobAccepted, JobChunk, JobDone
+from protocol.messages import JobAccepted, JobChunk, JobDone, RouteBroken
+from protocol.prices import Ask
 from protocol.receipts import peek_receipt
 
 log = logging.getLogger(__name__)
 
+# Words of a pipeline's driver that say nothing against the Island itself: its route was planned anew, or a stage refused the job.
+_PASSING = frozenset({Code.BAD_TICKET, Code.UNKNOWN_CARGO, Code.TIMEOUT, Code.NO_ISLAND})
 Emit = Callable[[Event], Awaitable[None]]
 
 
@@ -83,6 +87,8 @@ class _Progress:
     workers_ended: int = 0
     opened: bool = False  # whether this attempt got as far as the Island
     served: bool = False  # whether it has brought anything
+    tokens_before: int = 0  # what was delivered before this attempt
+    mended: int = 0
     full_rest_s: float = limits.NO_CAPACITY_REST_S
     full_since_s: float | None = None
     price_micros: int = 0
@@ -110,7 +116,9 @@ class Dispatcher:
         job_timeout_s: float = limits.JOB_TIMEOUT_S,
         capacity_wait_s: float = limits.CAPACITY_WAIT_S,
         island_wait_s: float = limits.ISLAND_WAIT_S,
+        pipelines: Pipelines | None = None,
     ) -> None:
+        self._pipelines = pipelines
         self._port, self._placer, self._issuer, self._affinity = port, placer, issuer, affinity
         self._job_timeout_s = job_timeout_s
         self._capacity_wait_s, self._island_wait_s = capacity_wait_s, island_wait_s
@@ -217,15 +225,37 @@ class Dispatcher:
         candidate, request = placement.candidate, progress.request
         resume = bytes(progress.tokens)
         payload = GENERATION.encode(replace(request, resume=resume) if resume else request)
-        ticket = self._issuer.issue(spec.job_id, candidate, request.max_tokens, spec.cache_salt)
+        ticket = self._ticket(spec, progress, candidate)
         progress.attempts += 1
+        progress.tokens_before = len(progress.tokens)
         progress.opened = progress.served = False
         self.statistics.attempts += 1
         async with self._port.run_job(candidate.island, ticket, payload) as run:
             progress.opened = True
-            return await self._follow(run, progress, candidate, emit)
+            return await self._follow(spec, run, progress, candidate, emit)
 
-    async def _follow(self, run: JobRun, progress: _Progress, candidate: Candidate, emit: Emit) -> ChoiceResult:
+    def _ticket(self, spec: JobSpec, progress: _Progress, candidate: Candidate) -> bytes:
+        # stages tell the sequences of jobs apart by the job's id, so choices of one request need ids of their own there
+        several = candidate.plan is not None and len(spec.choices) > 1
+        job_id = f"{spec.job_id}.{progress.index}" if several else spec.job_id
+        return self._issuer.issue(job_id, candidate, progress.request.max_tokens, spec.cache_salt)
+
+    async def _mend(
+        self, spec: JobSpec, run: JobRun, progress: _Progress, candidate: Candidate, broken: RouteBroken
+    ) -> Candidate:
+        """Another Island takes the place of a stage, and the job goes on where it stood. Raises Refused."""
+        if self._pipelines is None:
+            raise Refused(Code.INTERNAL, "an Island reports a broken route, and there are no pipelines")
+        self.statistics.routes_broken += 1
+        mended = await self._pipelines.mend(candidate, broken.index, broken.code, broken.message)
+        run.mend(self._ticket(spec, progress, mended))
+        self.statistics.routes_mended += 1
+        progress.mended += 1
+        return mended
+
+    async def _follow(
+        self, spec: JobSpec, run: JobRun, progress: _Progress, candidate: Candidate, emit: Emit
+    ) -> ChoiceResult:
         """Passes on what an Island sends, to the end of it: a generator that is left early costs trio a task to close it."""
         index, engine = progress.index, candidate.offer.engine
         done: JobDone | None = None
@@ -237,10 +267,13 @@ class Dispatcher:
                 if message.text or message.logprobs:
                     await emit(Text(index, message.text, read_logprobs(message.logprobs)))
             elif isinstance(message, JobAccepted):
-                engine = message.engine
+                engine = message.engine if candidate.plan is None else candidate.offer.engine
                 progress.full_since_s = None
                 self._note_takeover(progress, engine)
-                await emit(Accepted(index, candidate.island, engine, trio.current_time() - progress.started_s))
+                placed_s = trio.current_time() - progress.started_s
+                await emit(Accepted(index, candidate.island, engine, placed_s, _route(candidate)))
+            elif isinstance(message, RouteBroken):
+                candidate = await self._mend(spec, run, progress, candidate, message)
             else:
                 done = message
         if done is None:
@@ -249,7 +282,7 @@ class Dispatcher:
             progress.serve(candidate.island, engine)
         if done.text:
             await emit(Text(index, done.text))
-        return _result(progress, done)
+        return _result(progress, done, candidate)
 
     def _note_takeover(self, progress: _Progress, engine: str) -> None:
         if progress.attempts == 1:
@@ -264,9 +297,11 @@ class Dispatcher:
     def _judge(self, refusal: Refused, progress: _Progress, candidate: Candidate) -> None:
         """Draws the consequences of a refusal for the next attempt. Raises the refusal when there must be none."""
         self.statistics.refusals[refusal.code] += 1
-        if refusal.code is Code.WORKER_DIED or (refusal.code is Code.LINK_LOST and progress.opened):
+        if refusal.code is Code.WORKER_DIED or (refusal.code is Code.LINK_LOST and progress.opened and candidate.plan is None):
             progress.workers_ended += 1
             self.statistics.workers_ended += 1
+        elif candidate.plan is not None and len(progress.tokens) > progress.tokens_before:
+            progress.attempts = 1  # Islands of a pipeline come and go; as long as the answer grows, the job is not at fault
         progress.last_refusal = refusal
         what = verdict(refusal.code, progress.workers_ended, progress.attempts)
         wish, island = progress.wish, candidate.island
@@ -275,7 +310,7 @@ class Dispatcher:
                 text = f"the job ended {progress.workers_ended} workers and is not tried again; the last one said: "
                 raise Refused(refusal.code, text + refusal.message) from refusal
             raise refusal
-        if what is Verdict.REST:
+        if what is Verdict.REST or (candidate.plan is not None and refusal.code in _PASSING):
             self._rest(progress, island)
         elif what is Verdict.LARGER:
             smallest = max(wish.context_over, candidate.offer.context_tokens)
@@ -304,7 +339,21 @@ class Dispatcher:
         statistics.price_micros += result.price_micros
 
 
-def _result(progress: _Progress, done: JobDone) -> ChoiceResult:
+def _route(candidate: Candidate) -> tuple[str, ...]:
+    return tuple(stage.island for stage in candidate.plan.stages) if candidate.plan is not None else ()
+
+
+def _shares(done: JobDone, candidate: Candidate) -> tuple[StageShare, ...]:
+    planned = {stage.island: stage for stage in candidate.plan.stages} if candidate.plan is not None else {}
+    shares = []
+    for use in done.stages:
+        stage = planned.get(use.peer)
+        layers, ask = (str(stage.layers), stage.ask) if stage is not None else ("", Ask())
+        shares.append(StageShare(use.peer, layers, ask, use.compute_us, use.held_us))
+    return tuple(shares)
+
+
+def _result(progress: _Progress, done: JobDone, candidate: Candidate) -> ChoiceResult:
     return ChoiceResult(
         choice=progress.index,
         finish_reason=done.finish_reason,
@@ -316,6 +365,9 @@ def _result(progress: _Progress, done: JobDone) -> ChoiceResult:
         price_micros=price_of(done.receipt),
         prefill_us=done.prefill_us,
         decode_us=done.decode_us,
+        stages=_shares(done, candidate),
+        wire_us=done.wire_us,
+        mended=progress.mended,
     )
 
 

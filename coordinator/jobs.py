@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from coordinator.logprobs import TokenLogprob
 from protocol.generation import FinishReason, GenerationRequest
+from protocol.prices import Ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Accepted:
     island: str
     engine: str
     placed_s: float  # from the start of the job
+    route: tuple[str, ...] = ()  # of a pipeline, first stage first
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,18 @@ class Text:
     choice: int
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StageShare:
+    """What one stage of a pipeline did for a choice: its layers, its ask, and its time, in microseconds. ``layers`` is empty for one that
+    was replaced on the way."""
+
+    island: str
+    layers: str
+    ask: Ask
+    compute_us: int
+    held_us: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +72,9 @@ class ChoiceResult:
     price_micros: int
     prefill_us: int
     decode_us: int
+    stages: tuple[StageShare, ...] = ()
+    wire_us: int = 0
+    mended: int = 0  # times that a stage was replaced on the way
 
 
 Event = Accepted | Text | ChoiceResult

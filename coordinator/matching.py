@@ -15,6 +15,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from coordinator.planning import Plan
 from protocol.ads import CargoOffer
 from protocol.errors import Code
 
@@ -31,7 +32,10 @@ def declared_tokens(prompt_chars: int, max_tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One Island that offers the Cargo. ``busy_slots`` and ``busy_kv`` (tokens) are best knowledge: its ad and our own open jobs."""
+    """One Island that offers the Cargo. ``busy_slots`` and ``busy_kv`` (tokens) are best knowledge: its ad and our own open jobs.
+
+    ``plan``: of a pipeline, whose last stage the Island is; the offer is that of all stages together.
+    """
 
     island: str
     boot: int
@@ -40,6 +44,7 @@ class Candidate:
     offer: CargoOffer
     busy_slots: int
     busy_kv: int
+    plan: Plan | None = None
 
     @property
     def slots_left(self) -> int:

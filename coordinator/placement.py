@@ -13,11 +13,12 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
 from coordinator.matching import Candidate, Choice, Refusal, Wish, choose
+from coordinator.pipelines import Pipelines
 from protocol import limits
 from protocol.ads import Ad, CargoOffer
 from protocol.book import Book, Entry
@@ -63,9 +64,14 @@ class Placer:
     """Takes places on Islands. All calls come from one trio thread; nothing here blocks but ``place``."""
 
     def __init__(
-        self, book: Callable[[], Book], rng: random.Random, clock: Callable[[], float] = trio.current_time
+        self,
+        book: Callable[[], Book],
+        rng: random.Random,
+        clock: Callable[[], float] = trio.current_time,
+        pipelines: Pipelines | None = None,
     ) -> None:
-        self._book, self._rng, self._clock = book, rng, clock
+        """``pipelines``: of models that no Island offers whole."""
+        self._book, self._rng, self._clock, self._pipelines = book, rng, clock, pipelines
         self._entries: Mapping[str, Entry] = {}
         self._offers: dict[str, dict[str, tuple[Ad, CargoOffer]]] = {}
         self._own: dict[tuple[str, str], _Own] = {}
@@ -103,6 +109,8 @@ class Placer:
             boots = [ad.boot for ad, _ in offers.values() if not ad.draining]
             if boots:
                 found[name] = min(boots) // 1000
+        for name in self._pipelines.names() if self._pipelines is not None else ():
+            found.setdefault(name, 0)
         return found
 
     async def place(self, wish: Wish, capacity_wait_s: float, island_wait_s: float) -> Placement:
@@ -146,6 +154,8 @@ class Placer:
             self._settle(waiter.wish.cargo)
             while not waiter.ready.is_set():
                 patience_s = capacity_wait_s if _is_full(waiter.refusal) else island_wait_s
+                if self._pipelines is not None and self._pipelines.is_working(waiter.wish.cargo):
+                    patience_s = limits.SHARD_LOAD_S  # the job's own time limit comes first
                 left_s = started + patience_s - self._clock()
                 if left_s <= 0:
                     break
@@ -187,7 +197,16 @@ class Placer:
                 plain_refusal = outcome
 
     def _take(self, wish: Wish) -> Placement | Refusal:
-        outcome = choose(self._facts(wish), wish, self._clock(), self._rng)
+        facts = self._facts(wish)
+        if not facts and self._pipelines is not None:
+            candidate = self._pipelines.candidate(wish.cargo)
+            if candidate is None:
+                wanted = self._pipelines.want(wish.cargo, wish.tokens)
+                if wanted is not None:
+                    return wanted
+            else:
+                facts = [self._with_own(candidate)]
+        outcome = choose(facts, wish, self._clock(), self._rng)
         if isinstance(outcome, Refusal):
             return self._soften(outcome, wish.cargo)
         candidate = outcome.candidate
@@ -225,6 +244,11 @@ class Placer:
             slots = max(0, slots - own.jobs_at_ad) + own.jobs
             kv = max(0, kv - own.kv_at_ad) + own.kv_tokens
         return Candidate(ad.peer, ad.boot, ad.sequence, ad.draining, offer, slots, kv)
+
+    def _with_own(self, candidate: Candidate) -> Candidate:
+        """A pipeline works for this Coordinator alone, so its own jobs are all there are."""
+        own = self._own.get((candidate.island, candidate.offer.name))
+        return candidate if own is None else replace(candidate, busy_slots=own.jobs, busy_kv=own.kv_tokens)
 
     def _refresh(self) -> None:
         """Books are immutable: the same mapping means that nothing has changed."""

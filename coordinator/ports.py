@@ -1,23 +1,29 @@
-"""How the Coordinator reaches Islands: an interface of three methods that node implements over libp2p and tests with a fake network."""
+"""How the Coordinator reaches Islands: an interface of four methods that node implements over libp2p and tests with a fake network."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from protocol.book import Book
-from protocol.messages import JobAccepted, JobChunk, JobDone
+from protocol.hold import HoldProgress, HoldShard, ShardHeld
+from protocol.messages import JobAccepted, JobChunk, JobDone, RouteBroken
 
 
 class JobRun(Protocol):
-    """One open job on one Island. Iterating yields JobAccepted first, then JobChunk…, then exactly one JobDone.
+    """One open job on one Island. Iterating yields JobAccepted first, then JobChunk…, then exactly one JobDone; RouteBroken anywhere
+    before the end, answered with ``mend`` or by leaving.
 
     Raises ``protocol.errors.Refused`` when the Island refuses or fails the job (its code travels), or with LINK_LOST when the
     connection ends before JobDone. The receipt in JobDone has been checked against what arrived.
     """
 
-    def __aiter__(self) -> AsyncIterator[JobAccepted | JobChunk | JobDone]: ...
+    def __aiter__(self) -> AsyncIterator[JobAccepted | JobChunk | JobDone | RouteBroken]: ...
+
+    def mend(self, ticket: bytes) -> None:
+        """The job goes on over the route of this ticket. Raises Refused(LINK_LOST)."""
+        ...
 
 
 class IslandPort(Protocol):
@@ -28,6 +34,10 @@ class IslandPort(Protocol):
     def run_job(self, island: str, ticket: bytes, payload: bytes) -> AbstractAsyncContextManager[JobRun]:
         """Opens a job on an Island's long-lived stream; leaving the context early cancels it there. Raises Refused(LINK_LOST) when
         there is no connection and none can be made."""
+        ...
+
+    async def hold_shard(self, island: str, order: HoldShard, progress: Callable[[HoldProgress], None]) -> ShardHeld:
+        """Has an Island load layers, and waits for it. Raises Refused with what the Island says, LINK_LOST where it cannot be reached."""
         ...
 
     async def wait_book_changed(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, closing
 from dataclasses import fields
 from typing import Any
@@ -21,12 +21,14 @@ from coordinator.http.bridge import Bridge
 from coordinator.http.metrics import Metrics
 from coordinator.http.thread import HttpThread, tls_context
 from coordinator.keys import KeyStore
+from coordinator.pipelines import Pipelines
 from coordinator.placement import Placer
 from coordinator.ports import IslandPort
 from coordinator.statistics import Statistics
 from coordinator.tickets import TicketIssuer
 from protocol import limits
 from protocol.identity import Signer
+from protocol.shards import ShardManifest
 
 _DRAIN_POLL_S = 0.02
 
@@ -35,9 +37,16 @@ class CoordinatorServer:
     """A Coordinator that serves. ``url`` is where."""
 
     def __init__(
-        self, http: HttpThread, dispatcher: Dispatcher, placer: Placer, bridge: Bridge, services: Services
+        self,
+        http: HttpThread,
+        dispatcher: Dispatcher,
+        placer: Placer,
+        bridge: Bridge,
+        services: Services,
+        pipelines: Pipelines,
     ) -> None:
         self._http, self._dispatcher, self._placer, self._bridge = http, dispatcher, placer, bridge
+        self.pipelines = pipelines
         self._services = services
 
     def __repr__(self) -> str:
@@ -79,20 +88,24 @@ async def open_coordinator(
     network: str,
     salt_secret: bytes,
     well_known: Callable[[], dict[str, Any]],
+    manifests: Mapping[str, ShardManifest] | None = None,
 ) -> AsyncIterator[CoordinatorServer]:
     """A serving Coordinator, ready when this is entered.
 
-    ``key`` signs tickets; ``salt_secret`` keeps the prefix caches of accounts apart; ``well_known`` gives what
-    ``/.well-known/archipelag.json`` says and is called in trio. Raises ConfigError when the database, the TLS files or the address
-    cannot be used.
+    ``manifests``: of models that may be cut and run on several Islands, by name. ``key`` signs tickets; ``salt_secret`` keeps the prefix
+    caches of accounts apart; ``well_known`` gives what ``/.well-known/archipelag.json`` says and is called in trio. Raises ConfigError
+    when the database, the TLS files or the address cannot be used.
     """
     tls = tls_context(config.tls_cert, config.tls_key) if config.tls_cert else None
     with closing(KeyStore(config.database_url)) as store:
         gate = Gate(store, config.login_tries_per_minute, config.trusted_proxies, time.monotonic)
         with closing(gate):
             async with trio.open_nursery() as nursery:
-                placer = Placer(port.book, random.Random(secrets.randbits(64)))
-                dispatcher = _dispatcher(config, port, placer, key, network)
+                pipelines = Pipelines(manifests or {}, port, time.time)
+                placer = Placer(port.book, random.Random(secrets.randbits(64)), pipelines=pipelines)
+                pipelines.on_change = placer.book_changed
+                await nursery.start(pipelines.run)
+                dispatcher = _dispatcher(config, port, placer, key, network, pipelines)
                 bridge = Bridge(nursery)
                 services = _services(config, bridge, dispatcher, placer, gate, well_known, salt_secret)
                 http = HttpThread(Api(services).application, config.http_host, config.http_port, tls)
@@ -101,7 +114,7 @@ async def open_coordinator(
                     await http.wait_ended_or_started()
                     if http.error is None:
                         nursery.start_soon(_watch_book, port, placer)
-                        yield CoordinatorServer(http, dispatcher, placer, bridge, services)
+                        yield CoordinatorServer(http, dispatcher, placer, bridge, services, pipelines)
                 finally:
                     http.stop()
                     nursery.cancel_scope.cancel()
@@ -110,16 +123,19 @@ async def open_coordinator(
         raise http.error
 
 
-def _dispatcher(config: CoordinatorConfig, port: IslandPort, placer: Placer, key: Signer, network: str) -> Dispatcher:
+def _dispatcher(
+    config: CoordinatorConfig, port: IslandPort, placer: Placer, key: Signer, network: str, pipelines: Pipelines
+) -> Dispatcher:
     return Dispatcher(
         port,
         placer,
-        TicketIssuer(key, network, config.job_timeout_s, time.time, secrets.token_bytes),
+        TicketIssuer(key, network, config.job_timeout_s, time.time, secrets.token_bytes, config.activations),
         Affinity(secrets.token_bytes(32)),
         Statistics(),
         config.job_timeout_s,
         config.capacity_wait_s,
         config.island_wait_s,
+        pipelines,
     )
 
 

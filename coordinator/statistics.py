@@ -22,6 +22,8 @@ class Statistics:
     refusals: Counter[str] = field(default_factory=Counter)  # what Islands answered, by code
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    routes_broken: int = 0
+    routes_mended: int = 0
     completion_tokens: int = 0
     price_micros: int = 0
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from coordinator.matching import Candidate
 from protocol import limits
+from protocol.activations import Activations
 from protocol.identity import Signer
-from protocol.tickets import TICKET_VERSION, Ticket, sign_ticket
+from protocol.tickets import TICKET_VERSION, Ticket, TicketStage, sign_ticket
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +25,12 @@ class TicketIssuer:
     job_s_max: float
     clock: Callable[[], float]
     random_bytes: Callable[[int], bytes]
+    activations: Activations = Activations.F32
 
     def issue(self, job_id: str, candidate: Candidate, max_tokens: int, cache_salt: bytes) -> bytes:
-        """The signed envelope of a fresh ticket for one Island."""
+        """The signed envelope of a fresh ticket for one Island, or for the Islands of a pipeline."""
         now_ms = int(self.clock() * 1000)
-        offer = candidate.offer
+        offer, plan = candidate.offer, candidate.plan
         price_limit = offer.ask.price(max_tokens, int(self.job_s_max * 1000))
         ticket = Ticket(
             version=TICKET_VERSION,
@@ -36,8 +38,8 @@ class TicketIssuer:
             issuer=self.key.peer_id,
             holder=self.key.peer_id,
             job_id=job_id,
-            route=(candidate.island,),
-            boots=(candidate.boot,),
+            route=(candidate.island,) if plan is None else tuple(stage.island for stage in plan.stages),
+            boots=(candidate.boot,) if plan is None else tuple(stage.boot for stage in plan.stages),
             cargo=offer.name,
             content_hash=offer.content_hash,
             token_limit=max_tokens,
@@ -46,5 +48,7 @@ class TicketIssuer:
             nonce=self.random_bytes(limits.NONCE_BYTES),
             issued_at_ms=now_ms,
             expires_at_ms=now_ms + int(limits.TICKET_LIFETIME_S * 1000),
+            stages=() if plan is None else tuple(TicketStage(stage.layers, stage.ask) for stage in plan.stages),
+            activations=self.activations,
         )
         return sign_ticket(ticket, self.key)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import trio
 
-from node.hardware import usable_cpus
+from node.hardware import usable_cpus, usable_ram_bytes
 from protocol.errors import ConfigError
 from runtimes.base import LoadedCargo
 from runtimes.echo import EchoCargo
@@ -33,6 +33,17 @@ class CargoSettings:
     context_tokens: int | None = None
     cache_dir: Path | None = None
     echo_delay_s: float = 0.0
+    takes_shards: bool = True
+    shard_dirs: tuple[Path, ...] = ()
+
+    def shard_memory_bytes(self) -> int:
+        """What is offered for shards of models that a Coordinator plans: all of the limit where no model is named; without a limit, half
+        of the memory, and only where no Cargo is named at all. 0: none."""
+        if not self.takes_shards or any(name != ECHO for name in self.names):
+            return 0
+        if self.memory_limit_bytes is not None:
+            return self.memory_limit_bytes
+        return 0 if self.names else usable_ram_bytes() // 2
 
 
 def engine_threads(asked: int | None, engines: int) -> int:

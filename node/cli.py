@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from node import VERSION
 from protocol.errors import ArchipelagError, ConfigError
 
-COMMANDS = ("start", "coordinator", "demo", "keys", "status", "peers", "doctor")
+COMMANDS = ("start", "coordinator", "demo", "keys", "cargo", "status", "peers", "doctor")
 EXIT_CONFIG, EXIT_INTERRUPTED = 2, 130
 
 _DESCRIPTION = "Archipelag: a peer-to-peer network that turns home GPUs into one inference service."

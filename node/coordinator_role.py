@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import random
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import trio
 
 from coordinator.config import CoordinatorConfig
+from coordinator.pipelines import Pipelines
 from coordinator.ports import JobRun
 from coordinator.server import CoordinatorServer, open_coordinator
 from node import AGENT
@@ -24,6 +25,7 @@ from node.datadir import PEERS_FILE, DataDir
 from node.holder import Links
 from node.island import peers_json
 from node.net.discovery import Discovery
+from node.net.frames import FrameStream
 from node.net.host import Host, PeerLost, open_host
 from node.ready import remove_ready, write_ready
 from node.signals import watch_signals
@@ -32,8 +34,10 @@ from privacy.keys import NodeKey
 from protocol import limits
 from protocol.ads import sign_lost
 from protocol.book import Book
-from protocol.errors import Code, Refused
+from protocol.errors import Code, LinkLost, Refused, RemoteProtocolError
+from protocol.hold import HOLD, HOLD_PROTOCOL, HoldProgress, HoldRefused, HoldShard, ShardHeld
 from protocol.messages import ADS, ADS_PROTOCOL, PROTOCOL_VERSION, Hello, NodeRole
+from protocol.shards import ShardManifest
 from protocol.tickets import Delegation, network_id_of, sign_delegation
 
 log = logging.getLogger(__name__)
@@ -47,13 +51,23 @@ class CoordinatorRole:
     bootstrap: tuple[str, ...] = ()
     mdns: bool = True
     ready_file: str | None = None
+    manifests: Mapping[str, ShardManifest] = field(default_factory=dict)
 
 
 class NetworkPort:
     """``coordinator.ports.IslandPort`` over libp2p."""
 
-    def __init__(self, host: Host, keeper: BookKeeper, links: Links, spreader: Spreader, key: NodeKey) -> None:
+    def __init__(
+        self,
+        host: Host,
+        keeper: BookKeeper,
+        links: Links,
+        spreader: Spreader,
+        key: NodeKey,
+        hello: Callable[[], Hello],
+    ) -> None:
         self._host, self._keeper, self._links, self._spreader, self._key = host, keeper, links, spreader, key
+        self._hello = hello
 
     def book(self) -> Book:
         return self._keeper.book
@@ -73,6 +87,36 @@ class NetworkPort:
             if error.code is Code.LINK_LOST and island not in self._host.connected_peers():
                 self.lost(island)
             raise
+
+    async def hold_shard(self, island: str, order: HoldShard, progress: Callable[[HoldProgress], None]) -> ShardHeld:
+        entry = self._keeper.book.entries.get(island)
+        if entry is not None and island not in self._host.connected_peers():
+            self._host.remember(island, entry.ad.addresses)
+        try:
+            with trio.fail_after(limits.HELLO_TIMEOUT_S):
+                stream = await self._host.open(island, HOLD_PROTOCOL, HOLD)
+            async with stream:
+                await stream.send(self._hello())
+                await stream.send(order)
+                with trio.fail_after(limits.HELLO_TIMEOUT_S):
+                    await stream.receive()  # its Hello
+                return await self._wait_held(stream, progress)
+        except (LinkLost, RemoteProtocolError, OSError, trio.TooSlowError) as error:
+            raise Refused(Code.LINK_LOST, f"Island {island} does not take the order: {error or 'time-out'}") from error
+
+    @staticmethod
+    async def _wait_held(stream: FrameStream, progress: Callable[[HoldProgress], None]) -> ShardHeld:
+        with trio.fail_after(limits.SHARD_LOAD_S):
+            while True:
+                message = await stream.receive()
+                if isinstance(message, HoldProgress):
+                    progress(message)
+                elif isinstance(message, ShardHeld):
+                    return message
+                elif isinstance(message, HoldRefused):
+                    raise Refused(message.code, message.message)
+                else:
+                    raise RemoteProtocolError(f"{type(message).__name__} is no answer to an order")
 
     def lost(self, peer: str) -> None:
         """Takes an Island out of the book and tells the network; it comes back by announcing itself anew."""
@@ -108,11 +152,12 @@ class _Coordinator:
         self._spreader = Spreader(host, self._network, self._keeper)
         self._ads_server = AdsServer(self._keeper, self._hello, self._addresses, self._spreader.publish_nowait)
         self._links: Links | None = None
+        self._pipelines: Pipelines | None = None
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
             self._links = Links(self._host, nursery, self._hello)
-            port = NetworkPort(self._host, self._keeper, self._links, self._spreader, self._key)
+            port = NetworkPort(self._host, self._keeper, self._links, self._spreader, self._key, self._hello)
             self._host.set_handler(ADS_PROTOCOL, ADS, self._ads_server.serve)
             nursery.start_soon(self._keeper.run)
             nursery.start_soon(self._spreader.run)
@@ -124,8 +169,9 @@ class _Coordinator:
             await nursery.start(serve_control, self._data, {"status": self.status, "peers": self.peers})
             salt = self._data.secret("salt")
             async with open_coordinator(
-                self._role.http, port, self._key, self._network, salt, self._well_known
+                self._role.http, port, self._key, self._network, salt, self._well_known, self._role.manifests
             ) as server:
+                self._pipelines = server.pipelines
                 self._say_ready(server)
                 await self._stop.wait()
                 remove_ready(self._role.ready_file)
@@ -175,6 +221,7 @@ class _Coordinator:
             "addresses": list(self._addresses()),
             "network": self._network,
             "islands": book.islands,
+            "pipelines": self._pipelines.status() if self._pipelines is not None else [],
             "gossip": self._spreader.statistics(),
             "links": repr(self._links),
             "host": asdict(self._host.statistics()),

@@ -31,25 +31,31 @@ from protocol.messages import (
     JobDone,
     JobFailed,
     JobOpen,
+    RouteBroken,
+    RouteMended,
 )
 from protocol.receipts import Receipt, check_receipt, read_receipt
 from protocol.tickets import peek_ticket, ticket_hash
 
 log = logging.getLogger(__name__)
 
-_Event = JobAccepted | JobChunk | JobDone
+_Event = JobAccepted | JobChunk | JobDone | RouteBroken
 
 
 class RunningJob:
     """One job on a link; iterate it. See coordinator.ports.JobRun."""
 
-    def __init__(self, number: int, ticket: bytes) -> None:
-        self.number = number
+    def __init__(self, number: int, ticket: bytes, link: Link) -> None:
+        self.number, self._link = number, link
         self.ticket_hash = ticket_hash(ticket)
         self.price_max_micros = peek_ticket(ticket).price_limit_micros
         self.ended = False
         # What may wait here is bounded by the job stream's own limit on tokens, so sending never blocks the link's reader.
         self.send, self._receive = trio.open_memory_channel[_Event | Refused](math.inf)
+
+    def mend(self, ticket: bytes) -> None:
+        """See coordinator.ports.JobRun."""
+        self._link.mend(self, ticket)
 
     async def __aiter__(self) -> AsyncIterator[_Event]:
         async for event in self._receive:
@@ -72,12 +78,18 @@ class Link:
         return f"<Link to {self.stream.remote_peer}: {len(self.jobs)} jobs{', lost' if self.lost else ''}>"
 
     def open(self, ticket: bytes, payload: bytes) -> RunningJob:
-        job = RunningJob(self.streams.next_number(), ticket)
+        job = RunningJob(self.streams.next_number(), ticket, self)
         message = JobOpen(job.number, ticket, payload)
         self.streams.send(message)
         self.jobs[job.number] = job
         self._say(message)
         return job
+
+    def mend(self, job: RunningJob, ticket: bytes) -> None:
+        if not job.ended:
+            message = RouteMended(job.number, ticket)
+            self.streams.send(message)
+            self._say(message)
 
     def leave(self, job: RunningJob) -> None:
         """The caller wants no more of this job."""

@@ -15,12 +15,13 @@ import trio
 from node import AGENT
 from node.announce import AdsClient, AdSource, AdsServer, CoordinatorFinder, SignedAd
 from node.bookkeeper import BookKeeper, now_ms
-from node.cargos import ECHO, CargoSettings, load_cargos
+from node.cargos import ECHO, CargoSettings, engine_threads, load_cargos
 from node.catchup import CatchUp
 from node.control import serve_control
 from node.datadir import PEERS_FILE, DataDir
 from node.gpus import detect_gpus
 from node.hardware import detect
+from node.holding import HoldSettings, ShardHolder
 from node.jobs_served import JobServer, Terms, island_hello
 from node.net.discovery import Discovery
 from node.net.host import Host, open_host
@@ -28,13 +29,16 @@ from node.net.mdns import FoundPeer
 from node.ready import remove_ready, write_ready
 from node.signals import watch_signals
 from node.spread import Spreader
+from node.stages_served import Neighbours, StageServer
 from node.trust import Pins
 from privacy.keys import NodeKey
 from protocol import limits
 from protocol.ads import AD_VERSION, Ad, CargoOffer, Gpu, Hardware, PathMeasure, sign_ad
 from protocol.errors import ArchipelagError
+from protocol.hold import HOLD, HOLD_PROTOCOL
 from protocol.messages import ADS, ADS_PROTOCOL, JOB, JOB_PROTOCOL, Hello, NodeRole
 from protocol.prices import Ask, format_credits
+from protocol.stage_messages import STAGE, STAGE_PROTOCOL
 from protocol.tickets import TicketGuard
 from runtimes.base import LoadedCargo
 
@@ -76,11 +80,14 @@ class AdMaker:
     def __init__(self, fixed: _Fixed, config: IslandConfig, host: Host, terms: Mapping[str, Terms]) -> None:
         self._fixed, self._config, self._host, self._terms = fixed, config, host, terms
         self._sequence = fixed.boot - 1
+        self.holder: ShardHolder | None = None
         self.draining = False
 
     def __call__(self) -> SignedAd:
         self._sequence = max(now_ms(), self._sequence + 1)
-        offers = tuple(_offer(terms) for terms in self._terms.values() if terms.cargo.alive)
+        holder = self.holder
+        held = () if holder is None else holder.whole()
+        offers = tuple(_offer(terms) for terms in (*self._terms.values(), *held) if terms.cargo.alive)
         ad = Ad(
             version=AD_VERSION,
             network=self._fixed.network,
@@ -98,6 +105,8 @@ class AdMaker:
             offers=offers,
             paths=self._paths(),
             draining=self.draining,
+            shards=() if holder is None else holder.offers(),
+            memory_free_bytes=0 if holder is None or self.draining else holder.free_bytes,
         )
         return SignedAd(ad, sign_ad(ad, self._fixed.key))
 
@@ -237,15 +246,50 @@ class _Service:
         self._keeper.refute = self._ads.fresh
         self._keeper.met = lambda ad: discovery.learn(ad.peer, ad.addresses)
         self._guard = TicketGuard(key.peer_id, island._boot, network)
-        self._jobs = JobServer(key, self._guard, network, self._terms, island._hello)
+        self._neighbours = Neighbours(host, island._hello, self._addresses_of)
+        self._stages = StageServer(self._guard, island._hello)
+        self._holder = self._make_holder()
+        self._maker.holder = self._holder
+        self._jobs = JobServer(key, self._guard, network, self._terms, island._hello, self._holder)
         self._spreader = Spreader(host, network, self._keeper)
         self._client = AdsClient(finder, self._ads, self._keeper, self._guard.trust, island._rng)
         self._ads_server = AdsServer(self._keeper, island._hello, finder.known, self._spreader.publish_nowait)
 
+    def _make_holder(self) -> ShardHolder:
+        config, island = self._config, self._island
+        cargos = config.cargos
+        settings = HoldSettings(
+            memory_bytes=cargos.shard_memory_bytes(),
+            threads=engine_threads(cargos.threads, 1),
+            gpu_layers=cargos.gpu_layers,
+            cache_dir=cargos.cache_dir,
+            folders=cargos.shard_dirs,
+        )
+
+        def check(hello: Hello, sender: str) -> None:
+            self._guard.trust(island._pins.check_hello(hello, sender, now_ms()))
+
+        def changed() -> int:
+            return self._ads.fresh().ad.sequence
+
+        def ask_of(name: str) -> Ask:
+            return config.asks.get(name, config.default_ask)
+
+        return ShardHolder(
+            settings, island._boot, self._guard, self._neighbours, self._stages, island._hello, check, changed, ask_of
+        )
+
+    def _addresses_of(self, peer: str) -> tuple[str, ...]:
+        entry = self._keeper.book.entries.get(peer)
+        return entry.ad.addresses if entry is not None else self._host.remembered(peer)
+
     async def run(self) -> None:
         self._host.set_handler(JOB_PROTOCOL, JOB, self._jobs.serve)
+        self._host.set_handler(STAGE_PROTOCOL, STAGE, self._stages.serve)
+        self._host.set_handler(HOLD_PROTOCOL, HOLD, self._holder.serve)
         self._host.set_handler(ADS_PROTOCOL, ADS, self._ads_server.serve)
         async with trio.open_nursery() as nursery:
+            await nursery.start(self._holder.run)
             nursery.start_soon(self._keeper.run)
             nursery.start_soon(self._spreader.run)
             nursery.start_soon(self._client.run)
@@ -313,6 +357,8 @@ class _Service:
             "ready": self._client.ready.is_set(),
             "draining": self._jobs.draining,
             "cargos": [asdict(terms.cargo.facts()) | {"alive": terms.cargo.alive} for terms in self._terms.values()],
+            "shards": self._holder.status(),
+            "memory_free_bytes": self._holder.free_bytes,
             "jobs": asdict(counts),
             "tickets": {"admitted": self._guard.admitted, "refused": self._guard.refused},
             "gossip": self._spreader.statistics(),

@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import trio
 
 from node.bookkeeper import now_ms
 from node.net.frames import FrameStream
 from node.outbox import Outbox
+from node.pipeline_job import PipelineJob
+from node.route_driver import RouteDriver
 from privacy.keys import NodeKey
 from protocol import limits
 from protocol.errors import Code, LinkLost, Refused, RemoteProtocolError
@@ -33,6 +35,8 @@ from protocol.messages import (
     JobFailed,
     JobOpen,
     NodeRole,
+    RouteBroken,
+    RouteMended,
 )
 from protocol.prices import Ask
 from protocol.receipts import RECEIPT_VERSION, Receipt, sign_receipt
@@ -58,20 +62,42 @@ class JobCounts:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a Cargo costs here."""
+    """What a Cargo costs here. ``driver``: where it is the last stage of a pipeline, whose ask is that of all stages."""
 
     cargo: LoadedCargo
     ask: Ask
+    driver: RouteDriver | None = None
+
+
+class Drivers(Protocol):
+    """Where a JobServer finds what is not a Cargo of its own."""
+
+    def terms(self, ticket: Ticket) -> Terms | None:
+        """For a ticket of a pipeline that ends here, or of a whole model that a Coordinator ordered."""
+        ...
+
+
+class NoDrivers:
+    """An Island that holds nothing for a Coordinator."""
+
+    def terms(self, ticket: Ticket) -> Terms | None:
+        return None
 
 
 class JobServer:
     """Serves the job protocol of one Island."""
 
     def __init__(
-        self, key: NodeKey, guard: TicketGuard, network: str, terms: Mapping[str, Terms], hello: Callable[[], Hello]
+        self,
+        key: NodeKey,
+        guard: TicketGuard,
+        network: str,
+        terms: Mapping[str, Terms],
+        hello: Callable[[], Hello],
+        drivers: Drivers | None = None,
     ) -> None:
         self._key, self._guard, self._network = key, guard, network
-        self._terms, self._hello = terms, hello
+        self._terms, self._hello, self._drivers = terms, hello, drivers or NoDrivers()
         self.counts = JobCounts()
         self.draining = False
         self._idle = trio.Event()
@@ -104,8 +130,10 @@ class JobServer:
         if self.draining:
             raise Refused(Code.DRAINING, "this Island is shutting down")
         ticket = self._guard.admit(message.ticket, sender, now_ms())
-        terms = self._terms.get(ticket.cargo)
+        terms = self._terms.get(ticket.cargo) if len(ticket.route) == 1 else None
         if terms is None or terms.cargo.facts().content_hash != ticket.content_hash:
+            terms = self._drivers.terms(ticket)
+        if terms is None:
             raise Refused(Code.UNKNOWN_CARGO, f"this Island does not hold Cargo {ticket.cargo}")
         try:
             generation = GENERATION.decode(bytes(message.input))
@@ -116,6 +144,10 @@ class JobServer:
                 Code.BAD_TICKET, f"the ticket allows {ticket.token_limit} tokens, not {generation.max_tokens}"
             )
         return ticket, terms, RunRequest(ticket.job_id, generation, ticket.cache_salt)
+
+    def check_mended(self, data: bytes, sender: str) -> None:
+        """Whether a ticket may mend the route of a job that runs here. Uses it up. Raises Refused(BAD_TICKET)."""
+        self._guard.admit(data, sender, now_ms())
 
     def receipt(self, ticket_data: bytes, ticket: Ticket, ask: Ask, work: _Work) -> bytes:
         finished = work.finished
@@ -157,6 +189,7 @@ class _Session:
         self._outbox = Outbox(stream, JOB)
         self._streams = JobStreams(Side.ISLAND)
         self._scopes: dict[int, trio.CancelScope] = {}
+        self._pipelines: dict[int, tuple[RouteDriver, PipelineJob]] = {}
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -169,6 +202,18 @@ class _Session:
                     nursery.start_soon(self._job, message, scope)
                 elif isinstance(message, JobCancel) and message.job in self._scopes:
                     self._scopes[message.job].cancel()
+                elif isinstance(message, RouteMended):
+                    self._mend(message)
+
+    def _mend(self, message: RouteMended) -> None:
+        driver, job = self._pipelines.get(message.job, (None, None))
+        if driver is None or job is None:
+            return  # it has ended meanwhile
+        try:
+            self._server.check_mended(message.ticket, self._stream.remote_peer)
+            driver.mended(driver.number_of(job), message.ticket)
+        except Refused as refusal:
+            job.fail(refusal)
 
     def _say(self, message: Any) -> None:
         self._streams.send(message)
@@ -177,9 +222,17 @@ class _Session:
     async def _job(self, message: JobOpen, scope: trio.CancelScope) -> None:
         counts = self._server.counts
         counts.running += 1
+        failed: list[Refused] = []
+
+        def fail(refusal: Refused) -> None:
+            failed.append(refusal)
+            scope.cancel()
+
         try:
             with scope:
-                await self._run(message)
+                await self._run(message, fail)
+            if scope.cancelled_caught and failed:
+                raise failed[0]
             if scope.cancelled_caught:
                 counts.cancelled += 1
                 self._fail(message.job, Refused(Code.CANCELLED, "cancelled by the holder"))
@@ -192,6 +245,7 @@ class _Session:
             self._fail(message.job, Refused(Code.INTERNAL, "the Island broke while it worked on the job"))
         finally:
             self._scopes.pop(message.job, None)
+            self._pipelines.pop(message.job, None)
             self._server.note_end()
 
     def _fail(self, job: int, error: Refused) -> None:
@@ -205,9 +259,14 @@ class _Session:
         except LinkLost as lost:
             log.debug("job %d failed after its stream was lost: %s", job, lost)
 
-    async def _run(self, message: JobOpen) -> None:
+    async def _run(self, message: JobOpen, fail: Callable[[Refused], None]) -> None:
         server, job = self._server, message.job
         ticket, terms, request = server.admit(message, self._stream.remote_peer)
+        if terms.driver is not None:
+            terms.driver.check(ticket)
+            pipeline = PipelineJob(message.ticket, lambda *why: self._say_broken(job, *why), fail)
+            self._pipelines[job] = terms.driver, pipeline
+            request = replace(request, route=pipeline)
         async with terms.cargo.run(request) as run:
             server.counts.started += 1
             server.counts.resumed_tokens += len(request.generation.resume) // 4
@@ -221,7 +280,14 @@ class _Session:
                 else:
                     self._finish(message, ticket, terms, event, started_s)
 
+    def _say_broken(self, job: int, index: int, code: Code, text: str) -> None:
+        try:
+            self._say(RouteBroken(job, index, code, "".join(c if c.isprintable() else " " for c in text)))
+        except LinkLost as lost:
+            log.debug("job %d: %s", job, lost)
+
     def _finish(self, message: JobOpen, ticket: Ticket, terms: Terms, finished: Finished, started_s: float) -> None:
+        _, pipeline = self._pipelines.get(message.job, (None, None))
         sent, digest = self._streams.counted(message.job)
         compute_ms = int((time.monotonic() - started_s) * 1000)
         receipt = self._server.receipt(message.ticket, ticket, terms.ask, _Work(finished, sent, digest, compute_ms))
@@ -236,6 +302,8 @@ class _Session:
                 prefill_us=int(finished.prefill_s * 1e6),
                 decode_us=int(finished.decode_s * 1e6),
                 receipt=receipt,
+                stages=pipeline.uses(int(finished.compute_s * 1e6)) if pipeline is not None else (),
+                wire_us=pipeline.wire_us if pipeline is not None else 0,
             )
         )
         self._server.counts.done += 1

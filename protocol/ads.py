@@ -15,6 +15,7 @@ from protocol.errors import RemoteProtocolError, SignatureError
 from protocol.identity import Signer
 from protocol.prices import Ask
 from protocol.registry import Struct
+from protocol.shards import LayerRange
 
 AD_VERSION = 1
 _BYTES_MAX = 2**50
@@ -81,6 +82,44 @@ class CargoOffer:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardOffer:
+    """A loaded range of a model's layers. Rooms are in KV tokens, ``slots`` in jobs; ``token_us`` is measured: one decoded token through
+    these layers.
+
+    ``content_hash`` is the whole model's, ``shard_hash`` that of the file. ``process_bytes``: what the stage's process takes beside
+    weights, KV cache and compute buffers. ``is_free``: no pipeline is using it.
+    """
+
+    name: str
+    content_hash: str
+    shard_hash: str
+    layers: LayerRange
+    total_layers: int
+    engine: str
+    ask: Ask
+    slots: int
+    kv_tokens_total: int
+    weights_bytes: int
+    kv_bytes_per_token: int
+    compute_bytes: int
+    process_bytes: int
+    token_us: int
+    is_free: bool
+
+    def __post_init__(self) -> None:
+        checks.label("cargo name", self.name, limits.NAME_CHARS_MAX)
+        checks.content_hash("content_hash", self.content_hash)
+        checks.content_hash("shard_hash", self.shard_hash)
+        checks.in_range("total_layers", self.total_layers, self.layers.high, limits.LAYERS_MAX)
+        checks.in_range("slots", self.slots, 1, 100_000)
+        checks.label("engine", self.engine, limits.NAME_CHARS_MAX)
+        checks.in_range("kv_tokens_total", self.kv_tokens_total, 0, 2**40)
+        for name in ("weights_bytes", "kv_bytes_per_token", "compute_bytes", "process_bytes"):
+            checks.in_range(name, getattr(self, name), 0, _BYTES_MAX)
+        checks.in_range("token_us", self.token_us, 0, 2**40)
+
+
+@dataclass(frozen=True, slots=True)
 class PathMeasure:
     """Measured round trip to a neighbour."""
 
@@ -110,6 +149,8 @@ class Ad:
     offers: tuple[CargoOffer, ...]
     paths: tuple[PathMeasure, ...] = ()
     draining: bool = False
+    shards: tuple[ShardOffer, ...] = ()
+    memory_free_bytes: int = 0  # for shards that a Coordinator plans; 0 where the Island takes none
 
     def __post_init__(self) -> None:
         if self.version != AD_VERSION:
@@ -131,6 +172,9 @@ class Ad:
         checks.at_most("offers", self.offers, limits.AD_OFFERS_MAX)
         checks.unique("offers", [offer.name for offer in self.offers])  # or it would have two prices
         checks.at_most("paths", self.paths, limits.AD_PATHS_MAX)
+        checks.at_most("shards", self.shards, limits.AD_SHARDS_MAX)
+        checks.unique("shards", [(shard.content_hash, shard.layers) for shard in self.shards])
+        checks.in_range("memory_free_bytes", self.memory_free_bytes, 0, _BYTES_MAX)
 
     def offer(self, cargo: str) -> CargoOffer | None:
         return next((offer for offer in self.offers if offer.name == cargo), None)

@@ -4,9 +4,9 @@ Theory of operation. ``TRANSITIONS`` says which message may follow which; it doe
 state per job of a stream, checks every message that is sent (a breach is our bug) and received (a breach is the peer's), and counts
 tokens so that repeated, lost or reordered chunks show. It does no IO: the shell sends and receives, this decides.
 
-Rules: job numbers grow; a job that has ended stays ended; ``JobCancel`` may cross the Island's last message on the wire, so it is
-legal after the end, where it does nothing. A cancel before the Island has accepted (WITHDRAWN) and one after it (CANCELLING) are two
-states, so that a second ``JobAccepted`` or an answer to a job that was never accepted shows even then.
+Rules: job numbers grow; a job that has ended stays ended; ``JobCancel`` and ``RouteMended`` may cross the Island's last message on the
+wire, so they are legal after the end, where they do nothing. A cancel before the Island has accepted (WITHDRAWN) and one after it
+(CANCELLING) are two states, so that a second ``JobAccepted`` or an answer to a job that was never accepted shows even then.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ from typing import Any
 
 from protocol import limits
 from protocol.errors import LocalProtocolError, RemoteProtocolError
-from protocol.messages import JobAccepted, JobCancel, JobChunk, JobDone, JobFailed, JobOpen
+from protocol.messages import (
+    JobAccepted,
+    JobCancel,
+    JobChunk,
+    JobDone,
+    JobFailed,
+    JobOpen,
+    RouteBroken,
+    RouteMended,
+)
 
 
 class JobState(Enum):
@@ -42,6 +51,8 @@ SENT_BY: dict[type[Any], Side] = {
     JobChunk: Side.ISLAND,
     JobDone: Side.ISLAND,
     JobFailed: Side.ISLAND,
+    RouteBroken: Side.ISLAND,
+    RouteMended: Side.HOLDER,
 }
 
 TRANSITIONS: dict[tuple[JobState, type[Any]], JobState] = {
@@ -59,6 +70,12 @@ TRANSITIONS: dict[tuple[JobState, type[Any]], JobState] = {
     (JobState.CANCELLING, JobDone): JobState.ENDED,
     (JobState.CANCELLING, JobFailed): JobState.ENDED,
     (JobState.ENDED, JobCancel): JobState.ENDED,
+    **{
+        (state, kind): state
+        for state in (JobState.OPENING, JobState.RUNNING, JobState.WITHDRAWN, JobState.CANCELLING)
+        for kind in (RouteBroken, RouteMended)
+    },
+    (JobState.ENDED, RouteMended): JobState.ENDED,
 }
 
 

@@ -111,10 +111,27 @@ class JobChunk:
             raise ValueError("a chunk carries whole int32 tokens, at least one")
 
 
+@dataclass(frozen=True, slots=True)
+class StageUse:
+    """What one stage of a route has spent on a job, in microseconds: computing, and holding its frames altogether."""
+
+    peer: str
+    compute_us: int
+    held_us: int
+
+    def __post_init__(self) -> None:
+        checks.peer_id("stage", self.peer)
+        checks.in_range("compute_us", self.compute_us, 0, 2**53)
+        checks.in_range("held_us", self.held_us, 0, 2**53)
+
+
 @JOB.message(5)
 @dataclass(frozen=True, slots=True)
 class JobDone:
-    """Island to holder: the answer is complete. Without this message it is not, however the stream ended."""
+    """Island to holder: the answer is complete. Without this message it is not, however the stream ended.
+
+    ``stages``: of a pipeline, first stage first; ``wire_us``: what its steps spent between stages.
+    """
 
     job: int
     finish_reason: FinishReason
@@ -125,6 +142,8 @@ class JobDone:
     prefill_us: int
     decode_us: int
     receipt: bytes
+    stages: tuple[StageUse, ...] = ()
+    wire_us: int = 0
 
     def __post_init__(self) -> None:
         _job(self.job)
@@ -135,6 +154,8 @@ class JobDone:
         checks.in_range("prefill_us", self.prefill_us, 0, 2**53)
         checks.in_range("decode_us", self.decode_us, 0, 2**53)
         checks.at_most("receipt", self.receipt, limits.ENVELOPE_BYTES_MAX)
+        checks.at_most("stages", self.stages, limits.ROUTE_STAGES_MAX)
+        checks.in_range("wire_us", self.wire_us, 0, 2**53)
 
 
 @JOB.message(6)
@@ -160,6 +181,36 @@ class JobCancel:
 
     def __post_init__(self) -> None:
         _job(self.job)
+
+
+@JOB.message(8)
+@dataclass(frozen=True, slots=True)
+class RouteBroken:
+    """Driver to holder: stage ``index`` of the job's route is gone, stands still or is too slow (``code``). The job waits for RouteMended;
+    what was computed is kept."""
+
+    job: int
+    index: int
+    code: Code
+    message: str
+
+    def __post_init__(self) -> None:
+        _job(self.job)
+        checks.in_range("index", self.index, 0, limits.ROUTE_STAGES_MAX - 1)
+        checks.printable("message", self.message, limits.TEXT_CHARS_MAX)
+
+
+@JOB.message(9)
+@dataclass(frozen=True, slots=True)
+class RouteMended:
+    """Holder to driver: go on over the route of this ticket, which is for the same job."""
+
+    job: int
+    ticket: bytes
+
+    def __post_init__(self) -> None:
+        _job(self.job)
+        checks.at_most("ticket", self.ticket, limits.ENVELOPE_BYTES_MAX)
 
 
 @ADS.message(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from protocol import checks, limits
@@ -27,6 +28,12 @@ class Ask:
         per_tokens = -(-self.per_1k_output * output_tokens // 1000)
         per_time = -(-self.per_second * milliseconds // 1000)
         return self.per_job + per_tokens + per_time
+
+
+def sum_of_asks(asks: Iterable[Ask]) -> Ask:
+    """What several Islands want together for one job."""
+    every = list(asks)
+    return Ask(*(sum(getattr(ask, name) for ask in every) for name in ("per_job", "per_1k_output", "per_second")))
 
 
 def parse_credits(text: str) -> int:

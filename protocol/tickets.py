@@ -11,10 +11,13 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from protocol import checks, limits
+from protocol.activations import Activations
 from protocol.envelope import Label, open_envelope, peek, seal
 from protocol.errors import Code, Refused, RemoteProtocolError, SignatureError
 from protocol.identity import Signer
+from protocol.prices import Ask, sum_of_asks
 from protocol.registry import Struct
+from protocol.shards import LayerRange
 
 TICKET_VERSION = 1
 
@@ -39,8 +42,19 @@ class Delegation:
 
 
 @dataclass(frozen=True, slots=True)
+class TicketStage:
+    """What an Island of a route computes, and what it asks for that."""
+
+    layers: LayerRange
+    ask: Ask
+
+
+@dataclass(frozen=True, slots=True)
 class Ticket:
-    """Opens one job. ``boots`` names the run of each Island on the route; ``token_limit`` counts output tokens."""
+    """Opens one job. ``boots`` names the run of each Island on the route; ``token_limit`` counts output tokens.
+
+    ``stages``: one for each Island of a pipeline, whose layers follow one another from 0 on; empty where one Island does all.
+    """
 
     version: int
     network: str
@@ -57,6 +71,8 @@ class Ticket:
     nonce: bytes
     issued_at_ms: int
     expires_at_ms: int
+    stages: tuple[TicketStage, ...] = ()
+    activations: Activations = Activations.F32
 
     def __post_init__(self) -> None:
         if self.version != TICKET_VERSION:
@@ -73,6 +89,7 @@ class Ticket:
             raise ValueError("a ticket names one boot for each Island of its route")
         for boot in self.boots:
             checks.in_range("boot", boot, 1, 2**53)
+        self._check_stages()
         checks.label("cargo", self.cargo, limits.NAME_CHARS_MAX)
         checks.content_hash("content_hash", self.content_hash)
         checks.in_range("token_limit", self.token_limit, 1, limits.COMPLETION_TOKENS_MAX)
@@ -82,6 +99,20 @@ class Ticket:
         checks.in_range("issued_at_ms", self.issued_at_ms, 1, 2**53)
         lifetime_ms = self.expires_at_ms - self.issued_at_ms
         checks.in_range("ticket lifetime in ms", lifetime_ms, 1, limits.TICKET_LIFETIME_S * 1000)
+
+    def _check_stages(self) -> None:
+        if not self.stages and len(self.route) == 1:
+            return
+        if len(self.stages) != len(self.route):
+            raise ValueError("a ticket for several Islands says what each of them computes")
+        edges = [0, *(stage.layers.high for stage in self.stages)]
+        if any(stage.layers.low != edge for stage, edge in zip(self.stages, edges, strict=False)):
+            raise ValueError("the layers of a route follow one another from 0 on")
+
+    @property
+    def driver(self) -> str:
+        """The Island that a job is opened with: the last of the route, which has the tokenizer and the sampler."""
+        return self.route[-1]
 
 
 _DELEGATION: Struct[Delegation] = Struct(Delegation)
@@ -119,6 +150,11 @@ def peek_ticket(data: bytes) -> Ticket:
     return _TICKET.decode(peek(data).payload)
 
 
+def total_ask(ticket: Ticket) -> Ask:
+    """What the stages of a route ask together; nothing where one Island does all, which knows its ask."""
+    return sum_of_asks(stage.ask for stage in ticket.stages)
+
+
 def ticket_hash(data: bytes) -> bytes:
     """SHA-256 of the envelope as it was sent; receipts name it."""
     return hashlib.sha256(data).digest()
@@ -134,6 +170,7 @@ class TicketGuard:
         self._peer, self._boot, self._network = peer, boot, network
         self._issuers: dict[str, int] = {}
         self._nonces: OrderedDict[bytes, int] = OrderedDict()
+        self._uses: OrderedDict[bytes, tuple[int, bytes]] = OrderedDict()  # of stages: nonce -> expiry, use
         self.admitted = 0
         self.refused = 0
 
@@ -160,6 +197,19 @@ class TicketGuard:
         return ticket
 
     def _check(self, data: bytes, sender: str, now_ms: int) -> Ticket:
+        ticket = self._check_route(data, now_ms)
+        if ticket.holder != sender:
+            raise RemoteProtocolError("the ticket belongs to another peer")
+        if ticket.stages and ticket.driver != self._peer:
+            raise RemoteProtocolError("the ticket opens its job on the last Island of its route")
+        self._forget(now_ms)
+        if ticket.nonce in self._nonces:
+            raise RemoteProtocolError("the ticket was used before")
+        if len(self._nonces) >= limits.NONCES_REMEMBERED_MAX:
+            raise Refused(Code.NO_CAPACITY, "this Island remembers too many tickets at the moment")
+        return ticket
+
+    def _check_route(self, data: bytes, now_ms: int) -> Ticket:
         envelope = open_envelope(Label.TICKET, data)
         ticket = _TICKET.decode(envelope.payload)
         if envelope.signer != ticket.issuer:
@@ -168,8 +218,6 @@ class TicketGuard:
             raise RemoteProtocolError("the ticket's issuer is no Coordinator of this network")
         if ticket.network != self._network:
             raise RemoteProtocolError("the ticket is for another network")
-        if ticket.holder != sender:
-            raise RemoteProtocolError("the ticket belongs to another peer")
         if self._peer not in ticket.route:
             raise RemoteProtocolError("the ticket is for another Island")
         if ticket.boots[ticket.route.index(self._peer)] != self._boot:
@@ -178,11 +226,36 @@ class TicketGuard:
             raise RemoteProtocolError("the ticket has expired")
         if ticket.issued_at_ms > now_ms + limits.CLOCK_SKEW_S * 1000:
             raise RemoteProtocolError("the ticket comes from the future")
-        self._forget(now_ms)
-        if ticket.nonce in self._nonces:
-            raise RemoteProtocolError("the ticket was used before")
-        if len(self._nonces) >= limits.NONCES_REMEMBERED_MAX:
+        return ticket
+
+    def check_stage(self, data: bytes, index: int, sender: str, now_ms: int) -> Ticket:
+        """The ticket of a pipeline, in which this Island is stage ``index`` and ``sender`` the one before it. Does not use it up.
+
+        Raises Refused(BAD_TICKET): no stage may be used to reach a peer that the Coordinator did not name.
+        """
+        try:
+            ticket = self._check_route(data, now_ms)
+            if not ticket.stages or index >= len(ticket.route) or ticket.route[index] != self._peer:
+                raise RemoteProtocolError(f"the ticket does not make this Island stage {index}")
+            if ticket.route[index - 1] != sender:  # before the first comes the driver, the last of the ring
+                raise RemoteProtocolError("the ticket names another Island as the stage before")
+        except RemoteProtocolError as error:
+            self.refused += 1
+            raise Refused(Code.BAD_TICKET, str(error)) from error
+        return ticket
+
+    def use_stage(self, data: bytes, index: int, sender: str, use: bytes, now_ms: int) -> Ticket:
+        """Like ``check_stage``, and uses it up for ``use`` (a sequence of a session), which may be said again after a loss."""
+        ticket = self.check_stage(data, index, sender, now_ms)
+        while self._uses and next(iter(self._uses.values()))[0] < now_ms - limits.CLOCK_SKEW_S * 1000:
+            self._uses.popitem(last=False)
+        _, known = self._uses.get(ticket.nonce, (0, use))
+        if known != use:
+            self.refused += 1
+            raise Refused(Code.BAD_TICKET, "the ticket was used before")
+        if ticket.nonce not in self._uses and len(self._uses) >= limits.NONCES_REMEMBERED_MAX:
             raise Refused(Code.NO_CAPACITY, "this Island remembers too many tickets at the moment")
+        self._uses[ticket.nonce] = ticket.expires_at_ms, use
         return ticket
 
     def _forget(self, now_ms: int) -> None:

@@ -12,7 +12,10 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from protocol.activations import Activations
+from protocol.errors import Code
 from protocol.generation import FinishReason, GenerationRequest
+from protocol.stage_messages import Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +37,22 @@ class CargoFacts:
     tokens_per_s: float  # measured by a short run at load time, then an average of real jobs; 0.0: unknown
 
 
+class JobRoute(Protocol):
+    """The pipeline that a job runs on, as the node keeps it; ``stages`` is how many Islands it has."""
+
+    @property
+    def stages(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """One job as a runtime sees it. ``cache_salt``: a prefix is reused only among requests with the same salt."""
+    """One job as a runtime sees it. ``cache_salt``: a prefix is reused only among requests with the same salt. ``route``: for Cargos that
+    are the last stage of a pipeline."""
 
     job_id: str
     generation: GenerationRequest
     cache_salt: bytes
+    route: JobRoute | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +79,62 @@ class Finished:
     text: str = ""  # what was held back and is now certain
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    compute_s: float = 0.0  # of this Island's engine alone, in steps that held rows of the job
+
+
+class StageEngine(Protocol):
+    """A loaded range of layers that are not the last. What is given is done in order; answers come to the listener."""
+
+    def compute(self, batch: int, spans: tuple[Span, ...], kind: Activations, rows: bytes) -> None:
+        """Answered by ``computed`` or ``failed`` with the batch's number. ``kind``: of hidden states, in and out. Sequences are counted
+        from 1, as in protocol.stages."""
+        ...
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Sequences counted from 0 here."""
+        ...
+
+    def cut(self, sequence: int, length: int) -> None: ...
+
+
+class StageListener(Protocol):
+    """Who hears of a StageEngine. Nothing is called from within the engine's own methods."""
+
+    def computed(self, batch: int, rows: bytes, compute_us: int, together: int) -> None:
+        """``together``: how many batches were computed in one call."""
+        ...
+
+    def failed(self, batch: int, code: Code, message: str) -> None: ...
+
+    def engine_lost(self) -> None:
+        """Its cells are gone; what was given and not answered will not be."""
+        ...
+
+    def engine_back(self) -> None:
+        """It can compute again."""
+        ...
+
+
+class RingPort(Protocol):
+    """The other stages, as the engine of a pipeline's last stage reaches them."""
+
+    def job_began(self, job: int, route: JobRoute) -> None: ...
+
+    def job_over(self, job: int) -> None: ...
+
+    def open_sequence(self, sequence: int, job: int, declared: int, keep: int, source: int, shared: int) -> None: ...
+
+    def end_sequences(self, sequences: tuple[int, ...]) -> None: ...
+
+    def launch(self, step: int, spans: tuple[Span, ...], rows: bytes) -> None:
+        """Rows of token ids; their hidden states come to the engine by ``arrived``."""
+        ...
+
+    def refused(self, step: int, code: Code, message: str) -> None:
+        """What came round of this step is of no use: the stage before is at fault."""
+        ...
+
+    def engine_lost(self) -> None: ...
 
 
 class Run(Protocol):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from coordinator.http.schema import ApiRequest
-from coordinator.jobs import Accepted, ChoiceResult, Event, Text
+from coordinator.jobs import Accepted, ChoiceResult, Event, StageShare, Text
 from coordinator.logprobs import TokenLogprob
 from protocol.prices import format_credits
 
@@ -35,6 +35,7 @@ class Answer:
     island: str = ""
     engine: str = ""
     placed_s: float = 0.0
+    route: tuple[str, ...] = ()
     results: dict[int, ChoiceResult] = field(default_factory=dict)
 
     def note(self, event: Accepted | ChoiceResult) -> None:
@@ -42,6 +43,7 @@ class Answer:
             self.results[event.choice] = event
         elif not self.island:
             self.island, self.engine, self.placed_s = event.island, event.engine, event.placed_s
+            self.route = event.route
 
     @property
     def complete(self) -> bool:
@@ -53,10 +55,14 @@ class Answer:
             prefill_us = max(result.prefill_us for result in self.results.values())
             decode_us = max(result.decode_us for result in self.results.values())
             timing += f", prefill;dur={prefill_us / 1000:.2f}, decode;dur={decode_us / 1000:.2f}"
+            for number, share in enumerate(self.results[min(self.results)].stages):
+                timing += f", stage{number};dur={share.compute_us / 1000:.2f};desc={share.layers or 'replaced'}"
+            if self.route:
+                timing += f", wire;dur={self.results[min(self.results)].wire_us / 1000:.2f}"
         return {
             "x-archipelag-job": self.job_id,
             "x-archipelag-island": self.island,
-            "x-archipelag-route": self.island,
+            "x-archipelag-route": ",".join(self.route) or self.island,
             "server-timing": timing,
         }
 
@@ -84,10 +90,27 @@ class Answer:
         moved = [result for result in results if len(result.islands) > 1]
         if moved:
             metadata["islands"] = list(moved[0].islands)
+        staged = [result for result in results if result.stages]
+        if staged:
+            metadata["route"] = [_share(share) for share in staged[0].stages]
+            metadata["wire_ms"] = round(staged[0].wire_us / 1000, 2)
+            metadata["stages_replaced"] = staged[0].mended
         spliced = [result for result in results if len(result.engines) > 1]
         if spliced:
             metadata["spliced_engines"] = list(spliced[0].engines)
         return metadata
+
+
+def _share(share: StageShare) -> dict[str, Any]:
+    """One stage of a pipeline: who, which layers, what it asks (in credits) and its time."""
+    ask = share.ask
+    return {
+        "island": share.island,
+        "layers": share.layers or None,
+        "ask": "+".join(format_credits(part) for part in (ask.per_job, ask.per_1k_output, ask.per_second)),
+        "compute_ms": round(share.compute_us / 1000, 2),
+        "held_ms": round(share.held_us / 1000, 2),
+    }
 
 
 def _usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> dict[str, Any]:
@@ -196,5 +219,7 @@ def whole(answer: Answer, shape: Shape, events: Sequence[Event]) -> bytes:
     # the Island that ended the first choice counts: an earlier one may have died before the client heard of it
     first = answer.results[0]
     answer.island, answer.engine = first.islands[-1], first.engines[-1]
+    if first.stages:
+        answer.route = tuple(share.island for share in first.stages if share.layers)
     shape.begin(answer)
     return shape.whole(answer, ["".join(pieces) for pieces in texts], logprobs)

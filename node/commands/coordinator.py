@@ -10,6 +10,7 @@ terminates TLS.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import trio
 
@@ -18,7 +19,9 @@ from node.commands.common import add_data_dir, add_logging, add_network, checked
 from node.ready import check_ready_file
 from node.settings import defaults, parse_bytes, parse_host_port
 from protocol import limits
+from protocol.activations import Activations
 from protocol.errors import ConfigError
+from protocol.shards import ShardManifest, manifest_from_json
 
 HELP = "run a Coordinator: the OpenAI-compatible API and the matching"
 
@@ -57,8 +60,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help=f"longest time that a job may take (default: {limits.JOB_TIMEOUT_S:.0f})",
     )
+    parser.add_argument(
+        "--manifest",
+        action="append",
+        metavar="F",
+        help="shard manifest (cargo shard writes it) of a model that may run on several Islands; those of the catalogue are known",
+    )
+    parser.add_argument(
+        "--activations",
+        choices=tuple(Activations),
+        help="how hidden states travel between the stages of a pipeline: f32 is exact (default), f16 and int8 are smaller",
+    )
     add_network(parser, "/ip4/0.0.0.0/tcp/4001")
     add_logging(parser)
+
+
+def _manifests(files: list[str]) -> dict[str, ShardManifest]:
+    """Of the catalogue and of these files, by the model's name. Raises ConfigError."""
+    from runtimes.manifests import catalogue_manifests
+
+    found = dict(catalogue_manifests())
+    for file in files:
+        try:
+            manifest = manifest_from_json(Path(file).expanduser().read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--manifest {file} cannot be read: {error}") from error
+        found[manifest.name] = manifest
+    return found
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -70,6 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
         no_mdns=False,
         trusted_proxy=[],
         insecure_http=False,
+        manifest=[],
+        activations=Activations.F32.value,
         body_limit=limits.BODY_BYTES_MAX,
         job_timeout=limits.JOB_TIMEOUT_S,
     )
@@ -93,6 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
         trusted_proxies=tuple(settings.trusted_proxy),
         body_bytes_max=settings.body_limit,
         job_timeout_s=settings.job_timeout,
+        activations=Activations(settings.activations),
         version=VERSION,
     )
     role = CoordinatorRole(
@@ -102,6 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
         bootstrap=tuple(settings.bootstrap),
         mdns=not settings.no_mdns,
         ready_file=settings.ready_file,
+        manifests=_manifests(settings.manifest),
     )
     trio.run(run_coordinator, role)
     return 0

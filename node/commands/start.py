@@ -63,6 +63,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="longest prompt and answer of one job together (default: the model's)",
     )
+    parser.add_argument(
+        "--no-shards",
+        action="store_true",
+        default=None,
+        help="do not hold layers of large models for a Coordinator; without a model in --cargo, the memory is offered for that",
+    )
+    parser.add_argument(
+        "--shard-dir",
+        action="append",
+        metavar="D",
+        help="folder with shards or models of yours, found by their hashes when a Coordinator plans with them; may be repeated",
+    )
     parser.add_argument("--cache-dir", metavar="D", help="folder of downloaded models, shared by all nodes of a user")
     parser.add_argument("--ca-file", metavar="F", help="certificates to trust for the Coordinator's https URL")
     parser.add_argument(
@@ -79,6 +91,13 @@ def _named_ask(text: str) -> tuple[str, Ask]:
     return name, parse_ask(price)
 
 
+def _folder(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        raise ConfigError(f"--shard-dir {text}: there is no such folder")
+    return path
+
+
 def run(arguments: argparse.Namespace) -> int:
     settings = defaults(
         settled(arguments, "island"),
@@ -89,6 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
         listen=["/ip4/0.0.0.0/tcp/0"],
         bootstrap=[],
         no_mdns=False,
+        no_shards=False,
+        shard_dir=[],
         echo_delay=0.0,
     )
     logs.setup(settings.log_json, settings.log_level)
@@ -116,6 +137,8 @@ def run(arguments: argparse.Namespace) -> int:
         context_tokens=settings.context,
         cache_dir=Path(settings.cache_dir).expanduser() if settings.cache_dir else None,
         echo_delay_s=settings.echo_delay,
+        takes_shards=not settings.no_shards,
+        shard_dirs=tuple(_folder(text) for text in settings.shard_dir),
     )
     config = IslandConfig(
         data_dir=settings.data_dir,

@@ -3,6 +3,9 @@
 A job's life: prepared (template, tokens, sampler; any thread) → waiting for cells → prefilling → answering → over. Every step computes
 one row for each answering job and a chunk of the prompts that the scheduler allows. A cancelled job is gone before the next step.
 
+Where the layers are a pipeline of several Islands, as many steps are under way as keep them busy: each with a share of the answers, and
+with chunks of the prompts one behind the other. An answer waits for its token before its next row is sent; a prompt does not.
+
 A resumed job (GenerationRequest.resume) treats the tokens that were already delivered as part of its prompt; its sampler, grammar and
 text stream have seen them, so what follows is what would have followed.
 """
@@ -11,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,7 +25,7 @@ from protocol.errors import Code, Refused
 from protocol.generation import FinishReason, GenerationRequest, pack_tokens
 from runtimes.gguf.detokenize import TextStream
 from runtimes.gguf.kv import Admission, Forgotten, KvBook
-from runtimes.gguf.layers import Layers, Rows
+from runtimes.gguf.layers import Landed, Layers, Rows
 from runtimes.gguf.llama import Floats
 from runtimes.gguf.messages import Admitted, Ended, Output, Rejected, Room, Step
 from runtimes.gguf.sampler import Grammar, Sampler, logprob_entry
@@ -67,6 +70,10 @@ class Job:
     next_token: int = -1  # chosen, not yet computed
     arrived_s: float = 0.0
     first_token_s: float = 0.0
+    under_way: int = 0  # steps that hold rows of it
+    is_over: bool = False  # cancelled; what is under way is still to land
+    is_damaged: bool = False  # what the cells hold is of no use to anybody else
+    compute_s: float = 0.0
 
     @property
     def declared(self) -> int:
@@ -74,6 +81,16 @@ class Job:
 
     def __repr__(self) -> str:
         return f"<Job {self.number}: prompt {self.prompt_tokens}, answer {self.made}/{self.request.max_tokens}>"
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step under way. ``reads``: the jobs whose logits are read, in the order of their rows."""
+
+    jobs: tuple[Job, ...]
+    reads: tuple[Job, ...]
+    decode_rows: int
+    prefill_rows: int
 
 
 @dataclass(slots=True)
@@ -115,6 +132,8 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._prefilling: list[Job] = []
         self._answering: list[Job] = []
+        self._flights: dict[int, _Flight] = {}
+        self._is_stuck = False
         self.tokens_per_s = 0.0
         self.steps = 0
 
@@ -124,7 +143,12 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        return not (self._waiting or self._prefilling or self._answering)
+        return not (self._waiting or self._prefilling or self._answering or self._flights)
+
+    @property
+    def is_waiting_for_stages(self) -> bool:
+        """Whether the last step found nothing to do but to wait for what is under way."""
+        return self._is_stuck and bool(self._flights)
 
     def room(self) -> Room:
         return Room(self._book.tokens_free, self._book.slots_free, len(self._waiting), self.tokens_per_s)
@@ -139,12 +163,12 @@ class Engine:
         self._waiting.append(job)
 
     def cancel(self, number: int) -> bool:
-        """Ends a job wherever it is and frees its cells. False when there is no such job."""
+        """Ends a job wherever it is and frees its cells, after the steps that hold rows of it. False when there is no such job."""
         for jobs in (self._answering, self._prefilling, self._waiting):
             for job in jobs:
                 if job.number == number:
                     jobs.remove(job)
-                    self._release(job)
+                    self._leave(job)
                     return True
         return False
 
@@ -155,20 +179,52 @@ class Engine:
         return events
 
     def step(self) -> Events:
-        """Admits, computes one batch, chooses tokens. Does nothing when idle."""
+        """Admits, begins as many steps as there are stages to work on them, and takes those that have landed: chooses their tokens.
+
+        Does nothing when idle. With one stage, that is one step each time.
+        """
         events = Events()
         self._admit(events)
-        rows, finishing = self._gather()
-        if rows is None:
-            return events
-        decode_rows = len(self._answering)
-        prefill_rows = len(rows) - decode_rows
-        started = self._clock()
-        logits = self._layers.forward(rows)
-        self._choose(logits, finishing, events)
-        self._times.observe(decode_rows, prefill_rows, self._clock() - started)
-        self.steps += 1
+        self._is_stuck = True
+        while len(self._flights) < self._flights_max() and self._launch():
+            self._is_stuck = False
+        while (landed := self._layers.collect()) is not None:
+            self._land(landed, events)
+            self._is_stuck = False
         return events
+
+    def _flights_max(self) -> int:
+        """Two more than stages: what travels between them keeps none busy."""
+        stages = self._layers.stages
+        return 1 if stages == 1 else stages + 2
+
+    def _launch(self) -> bool:
+        rows, flight = self._gather()
+        if rows is None:
+            return False
+        self.steps += 1
+        for job in flight.jobs:
+            job.under_way += 1
+        self._flights[self.steps] = flight
+        self._layers.launch(self.steps, rows)
+        return True
+
+    def _land(self, landed: Landed, events: Events) -> None:
+        flight = self._flights.pop(landed.step)
+        for job in flight.jobs:
+            job.under_way -= 1
+            job.compute_s += landed.own_seconds
+        self._choose(landed.logits, flight.reads, events)
+        self._times.observe(flight.decode_rows, flight.prefill_rows, landed.seconds)
+        for job in flight.jobs:
+            if job.is_over and not job.under_way:
+                job.is_damaged = True  # rows of a job that was given up may have come round as zeros
+                self._release(job)
+
+    def _leave(self, job: Job) -> None:
+        job.is_over = True
+        if not job.under_way:
+            self._release(job)
 
     def tidy(self) -> None:
         """To be called when idle: takes the prefixes that linger out of the cells. Whoever comes next begins in an empty cache, where its
@@ -206,9 +262,8 @@ class Engine:
         for forgotten in admission.evicted:
             self._forget(forgotten)
         job.sequence, cached = admission.sequence, admission.cached_tokens
-        if cached:
-            self._layers.copy_prefix(admission.source, job.sequence, cached)
-        elif shelved is not None:
+        self._layers.begin(job.sequence, job.number, job.declared, len(job.tokens), admission.source, cached)
+        if not cached and shelved is not None:
             cached = self._restore(job, *shelved)
         job.cached_tokens = min(cached, job.prompt_tokens)
         self._prefilling.append(job)
@@ -231,18 +286,23 @@ class Engine:
             self.shelf.put(forgotten.salt, forgotten.tokens, self._layers.save(forgotten.sequence))
         self._layers.cut(forgotten.sequence)
 
-    def _gather(self) -> tuple[Rows | None, list[Job]]:
-        """The rows of this step, and the jobs whose logits are read, in the order of their rows."""
-        parts: list[tuple[Job, list[int], bool]] = [(job, [job.next_token], True) for job in self._answering]
-        by_key = {job.number: job for job in self._prefilling}
-        waiting = [Waiting(job.number, len(job.tokens) - self._book.length(job.sequence)) for job in self._prefilling]
-        for key, count in plan(len(parts), waiting, self._batch_rows, self._times, len(self._waiting)):
-            job = by_key[key]
+    def _gather(self) -> tuple[Rows | None, _Flight]:
+        """The rows of a step: answers that wait for their next token, a share of them where several stages are to be busy, and prompts."""
+        ready = [job for job in self._answering if not job.under_way]
+        share = -(-len(self._answering) // self._layers.stages)
+        parts: list[tuple[Job, list[int], bool]] = [(job, [job.next_token], True) for job in ready[:share]]
+        decode_rows = len(parts)
+        left = {job.number: (job, len(job.tokens) - self._book.length(job.sequence)) for job in self._prefilling}
+        waiting = [Waiting(number, tokens) for number, (_, tokens) in left.items() if tokens]
+        for number, count in plan(decode_rows, waiting, self._batch_rows, self._times, len(self._waiting)):
+            job = left[number][0]
             start = self._book.length(job.sequence)
             parts.append((job, job.tokens[start : start + count], start + count == len(job.tokens)))
         if not parts:
-            return None, []
-        return self._rows(parts), [job for job, _, reads in parts if reads]
+            return None, _Flight((), (), 0, 0)
+        rows = self._rows(parts)
+        reads = tuple(job for job, _, is_read in parts if is_read)
+        return rows, _Flight(tuple(job for job, _, _ in parts), reads, decode_rows, len(rows) - decode_rows)
 
     def _rows(self, parts: list[tuple[Job, list[int], bool]]) -> Rows:
         total = sum(len(tokens) for _, tokens, _ in parts)
@@ -259,20 +319,21 @@ class Engine:
             at = end
         return Rows(values, positions, sequences, wanted)
 
-    def _choose(self, logits: Floats, jobs: list[Job], events: Events) -> None:
+    def _choose(self, logits: Floats, jobs: Sequence[Job], events: Events) -> None:
         plain = [i for i, job in enumerate(jobs) if job.sampler.is_plain]
         best = logits.argmax(axis=1) if len(plain) > 1 else None
         now = self._clock()
-        still: list[Job] = []
         for i, job in enumerate(jobs):
+            if job.is_over:
+                continue
             if not job.first_token_s:
                 self._prefilling.remove(job)
+                self._answering.append(job)
                 job.first_token_s = now
             raw = logits[i].copy() if job.request.top_logprobs >= 0 and not job.sampler.is_plain else logits[i]
             token = int(best[i]) if best is not None and job.sampler.is_plain else job.sampler.choose(logits[i])
-            if self._take(job, token, raw, events):
-                still.append(job)
-        self._answering = still
+            if not self._take(job, token, raw, events):
+                self._answering.remove(job)
 
     def _take(self, job: Job, token: int, logits: Floats, events: Events) -> bool:
         """Adds a chosen token to its answer. Returns whether the answer goes on."""
@@ -310,13 +371,14 @@ class Engine:
                 text=job.echo + text,
                 prefill_s=first - job.arrived_s,
                 decode_s=now - first,
+                compute_us=int(job.compute_s * 1e6),
             )
         )
         self._release(job)
 
     def _release(self, job: Job) -> None:
         if job.sequence >= 0:
-            for forgotten in self._book.finish(job.sequence):
+            for forgotten in self._book.finish(job.sequence, is_sound=not job.is_damaged):
                 self._forget(forgotten)
             job.sequence = -1
 

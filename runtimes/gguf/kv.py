@@ -172,15 +172,15 @@ class KvBook:
         self._open -= count
         return tuple(evicted)
 
-    def finish(self, sequence: int) -> tuple[Forgotten, ...]:
-        """A job is over, however it ended. Its cells linger; returns sequences to forget: itself where nothing is worth keeping, and the
-        oldest where too many cells linger."""
+    def finish(self, sequence: int, is_sound: bool = True) -> tuple[Forgotten, ...]:
+        """A job is over, however it ended. Its cells linger, if they are ``is_sound``; returns sequences to forget: itself where nothing
+        is worth keeping, and the oldest where too many cells linger."""
         entry = self._running.pop(sequence)
         held = entry.held()
         self._open -= entry.declared - entry.length
         self._by_running[held] -= 1
         self._held_running -= int(np.count_nonzero(self._by_running[held] == 0))
-        if not (self.remembers and entry.length and entry.salt):
+        if not (self.remembers and is_sound and entry.length and entry.salt):
             self._release(held)
             self._free_ids.append(sequence)
             return (Forgotten(sequence, b"", _NOTHING),)

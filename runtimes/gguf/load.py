@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from protocol import limits
 from protocol.errors import ConfigError
@@ -22,8 +24,11 @@ from runtimes.gguf.layers import Rows, Stage
 from runtimes.gguf.llama import ContextSize, Floats, LlamaError, Model, ModelFacts, version
 from runtimes.gguf.messages import Load, Ready
 from runtimes.gguf.prepare import Preparer
+from runtimes.gguf.ring import RingLayers
 from runtimes.gguf.scheduler import TimeModel
+from runtimes.gguf.shard_header import read_shard_layers
 from runtimes.gguf.shelf import Shelf
+from runtimes.gguf.stage_worker import LoadedStage
 from runtimes.gguf.template import ChatTemplate
 from runtimes.store.gguf_file import check_gguf
 
@@ -35,6 +40,9 @@ _COMPUTE_LEAST_BYTES = 128 * 1024 * 1024
 _GRAPH_BYTES = 32 * 1024 * 1024  # compute buffers beside the logits: 1 MB for SmolLM2-135M, more for wider models
 _KV_ROUNDING_BYTES = 64 * 1024  # llama.cpp's log rounds each buffer to 0.01 MiB
 SEQUENCES_MAX = 256  # LLAMA_MAX_SEQ
+# A stage of a pipeline has the same room everywhere: its buffers are known before it is loaded, and all stages number alike.
+PIPELINE_SLOTS, PIPELINE_SEQUENCES = 16, 32
+STAGE_ROWS = MICRO_BATCH_CPU  # of one call: who decodes waits for at most so many rows of a prompt
 _REMEMBERED_MAX = 64
 _WARM_PROMPT_TOKENS = 64
 _WARM_DECODE_TOKENS = 16
@@ -42,15 +50,18 @@ _WARM_DECODE_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
+    """``ring``: where the model is the last stage of a pipeline."""
+
     model: Model
     stage: Stage
     engine: Engine
     preparer: Preparer
     ready: Ready
+    ring: RingLayers | None = None
 
 
-def load(order: Load) -> Loaded:
-    """Raises ConfigError."""
+def load(order: Load, send: Callable[[object], None]) -> Loaded:
+    """A whole model, or the last stage of a pipeline; ``send`` takes what that has to say to the node. Raises ConfigError."""
     check_file(order.path)
     try:
         layers = _gpu_layers(order)
@@ -58,10 +69,87 @@ def load(order: Load) -> Loaded:
         facts, shape = model.facts(), kv_shape(model)
         template = _template(model)
         _check_facts(facts, shape)
+        if order.is_driver:
+            return _assemble_driver(order, model, template, layers, send)
         stage = _stage(order, model, facts, shape, layers)
         return _assemble(order, model, facts, shape, template, stage, layers)
     except LlamaError as error:
         raise ConfigError(f"{order.path} could not be loaded ({error}); it may be damaged: delete it and fetch it again") from error
+
+
+def load_stage(order: Load) -> LoadedStage:
+    """A stage that is not the last. Raises ConfigError."""
+    check_file(order.path)
+    try:
+        layers = _gpu_layers(order)
+        model = Model(order.path, layers, plain=order.plain)
+        stage = _shard_stage(order, model)
+        ready = _shard_ready(order, model, stage, layers)
+    except LlamaError as error:
+        raise ConfigError(f"{order.path} could not be loaded ({error}); it may be damaged: delete it and fetch it again") from error
+    vocabulary = model.n_vocab if order.layers is not None and order.layers.low == 0 else 0
+    return LoadedStage(stage, ready, STAGE_ROWS, vocabulary)
+
+
+def stage_size(cells: int, threads: int, on_gpu: bool = False) -> ContextSize:
+    """The buffers of any stage of a pipeline."""
+    micro_batch = MICRO_BATCH_GPU if on_gpu else MICRO_BATCH_CPU
+    return ContextSize(cells, PIPELINE_SEQUENCES, batch=STAGE_ROWS, micro_batch=micro_batch, outputs=STAGE_ROWS, threads=threads)
+
+
+def _shard_stage(order: Load, model: Model) -> Stage:
+    check_shard(order)
+    try:
+        return Stage(model, stage_size(order.cells, order.threads, gpu.supports_offload()), is_last=not order.is_stage)
+    except LlamaError as error:
+        raise ConfigError(f"{order.cells} KV cells for {order.name} could not be allocated ({error}); offer less memory") from error
+
+
+def check_shard(order: Load) -> None:
+    """Whether the file is the shard that was ordered. Raises ConfigError."""
+    facts = read_shard_layers(Path(order.path))
+    if order.layers is None:
+        return
+    expected = (order.content_hash, order.layers, order.total_layers)
+    if facts is None or (facts.model_sha256, facts.layers, facts.total_layers) != expected:
+        raise ConfigError(f"{order.path} does not hold layers {order.layers} of {order.name}; delete it and cut it anew")
+
+
+def _shard_ready(order: Load, model: Model, stage: Stage, gpu_layers: int) -> Ready:
+    facts, context = model.facts(), stage.context
+    hidden = order.layers is not None and order.layers.low > 0
+    decode_s, _ = _measure(stage, context.cells, stage.context.width if hidden else 0)
+    per_token = _kv_bytes_per_token(kv_shape(model), context.kv_bytes, context.cells)
+    words = facts.description.split()
+    description = " ".join([words[0], *words[2:]])  # the second is the number of parameters, which differs by shard
+    return Ready(
+        engine=_engine_name(version(), gpu.backend_name() if gpu_layers else "cpu", description, order),
+        context_tokens=min(context.cells, facts.context_tokens),
+        kv_tokens=context.cells,
+        slots=PIPELINE_SLOTS,
+        weights_bytes=facts.weights_bytes,
+        kv_bytes_per_token=per_token,
+        compute_bytes=context.compute_bytes,
+        tokens_per_s=1.0 / decode_s,
+        gpu_layers=gpu_layers,
+        width=context.width,
+        process_bytes=_process_bytes(facts.weights_bytes + context.compute_bytes + per_token * context.cells),
+    )
+
+
+def _process_bytes(known_bytes: int) -> int:
+    """What this process takes beside weights, KV cells and buffers."""
+    return max(0, int(psutil.Process().memory_info().rss) - known_bytes)
+
+
+def _assemble_driver(order: Load, model: Model, template: ChatTemplate | None, gpu_layers: int, send: Callable[[object], None]) -> Loaded:
+    stage = _shard_stage(order, model)
+    ready = _shard_ready(order, model, stage, gpu_layers)
+    ring = RingLayers(stage, send, STAGE_ROWS)
+    book = KvBook(ready.kv_tokens, PIPELINE_SLOTS, PIPELINE_SEQUENCES)
+    times = TimeModel(1.0 / ready.tokens_per_s, 1.0 / ready.tokens_per_s)
+    engine = Engine(ring, model, model.end_tokens(), book, times, STAGE_ROWS)
+    return Loaded(model, stage, engine, Preparer(model, template, ready.context_tokens), ready, ring)
 
 
 def _check_facts(facts: ModelFacts, shape: budget.KvShape) -> None:
@@ -148,6 +236,8 @@ def _assemble(
         compute_bytes=stage.context.compute_bytes,
         tokens_per_s=engine.tokens_per_s,
         gpu_layers=layers,
+        width=facts.width,
+        process_bytes=_process_bytes(facts.weights_bytes + stage.context.compute_bytes + per_token * cells),
     )
     return Loaded(model, stage, engine, Preparer(model, template, context_tokens), ready)
 
@@ -213,31 +303,33 @@ def _template(model: Model) -> ChatTemplate | None:
     return ChatTemplate(source, model.special_text(model.bos()), model.special_text(model.eos()))
 
 
-def _measure(stage: Stage, room: int) -> tuple[float, float]:
-    """Seconds of a decoded token and of a prompt token: a short run that also touches all weights. Raises LlamaError."""
-    prompt = min(_WARM_PROMPT_TOKENS, room // 2)
-    _forward(stage, 0, prompt)
+def _measure(stage: Stage, room: int, width: int = 0) -> tuple[float, float]:
+    """Seconds of a decoded token and of a prompt token: a short run that also touches all weights. ``width``: of the hidden states where
+    those come in. Raises LlamaError."""
+    prompt = min(_WARM_PROMPT_TOKENS, room // 2, stage.context.size.batch)
+    _forward(stage, 0, prompt, width)
     stage.cut(0)
     started = time.perf_counter()
-    _forward(stage, 0, prompt)
+    _forward(stage, 0, prompt, width)
     prefill_s = (time.perf_counter() - started) / prompt
     count = min(_WARM_DECODE_TOKENS, room - prompt)
     times = []
     for position in range(prompt, prompt + count):
         started = time.perf_counter()
-        logits = _forward(stage, position, 1)
+        out = _forward(stage, position, 1, width)
         times.append(time.perf_counter() - started)
-    if np.isnan(logits).any():
+    if np.isnan(out).any():
         raise LlamaError("what it computes are no numbers")
     stage.cut(0)
     return float(np.median(times)), prefill_s
 
 
-def _forward(stage: Stage, start: int, count: int) -> Floats:
+def _forward(stage: Stage, start: int, count: int, width: int) -> Floats:
     wanted = np.zeros(count, np.int8)
     wanted[-1] = 1
     positions = np.arange(start, start + count, dtype=np.int32)
-    return stage.forward(Rows(np.zeros(count, np.int32), positions, np.zeros(count, np.int32), wanted))
+    values = np.full((count, width), 0.1, np.float32) if width else np.zeros(count, np.int32)
+    return stage.forward(Rows(values, positions, np.zeros(count, np.int32), wanted))
 
 
 def free_memory_bytes() -> int:

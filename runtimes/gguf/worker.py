@@ -27,8 +27,21 @@ from protocol.errors import ArchipelagError, Code, ConfigError, Refused
 from protocol.framing import FrameDecoder, encode_frame
 from protocol.generation import GENERATION
 from runtimes.gguf.engine import Events
-from runtimes.gguf.load import Loaded, load
-from runtimes.gguf.messages import GGUF_WORKER, Cancel, Load, LoadFailed, Output, Rejected, Room, Start, Step
+from runtimes.gguf.load import Loaded, load, load_stage
+from runtimes.gguf.messages import (
+    GGUF_WORKER,
+    Arrived,
+    BatchFailed,
+    Cancel,
+    Load,
+    LoadFailed,
+    Output,
+    Rejected,
+    Room,
+    Start,
+    Step,
+)
+from runtimes.gguf.stage_worker import StageWorker
 
 _READ_BYTES = 256 * 1024
 _OPEN_FILES_MAX = 256
@@ -94,7 +107,7 @@ class Worker:
         engine = self._loaded.engine
         if engine.is_idle:
             engine.tidy()
-        self._take(block=engine.is_idle)
+        self._take(block=engine.is_idle or engine.is_waiting_for_stages)
         self._say(engine.admit())
         self._say(engine.step())
 
@@ -111,19 +124,32 @@ class Worker:
 
     def _take(self, block: bool) -> None:
         """Hands what has come to the engine; waits for something when there is nothing to compute."""
+        timeout_s = None if self._loaded.engine.is_idle else _HEARTBEAT_S
         while True:
             try:
-                item = self._inbox.get(block)
+                item = self._inbox.get(block, timeout_s)
             except queue.Empty:
                 return
             block = False
             if isinstance(item, Cancel):
                 self._loaded.engine.cancel(item.job)
                 continue
+            if isinstance(item, Arrived):
+                self._hear_of_stages(item)
+                continue
             try:
                 self._loaded.engine.submit(item)
             except Refused as refusal:
                 self._link.send(Rejected(item.number, refusal.code, refusal.message))
+
+    def _hear_of_stages(self, message: Arrived) -> None:
+        ring = self._loaded.ring
+        if ring is None:
+            raise ConfigError("a whole model has no other stages")
+        try:
+            ring.arrived(message.step, message.times, message.activations, message.rows)
+        except Refused as refusal:
+            self._link.send(BatchFailed(message.step, refusal.code, refusal.message))
 
     def _read(self) -> None:
         try:
@@ -133,7 +159,7 @@ class Worker:
             _end_with_error()
 
     def _receive(self, message: Any) -> None:
-        if isinstance(message, Cancel):
+        if isinstance(message, Cancel | Arrived):
             self._inbox.put(message)
         elif isinstance(message, Start):
             self._start(message)
@@ -151,6 +177,8 @@ class Worker:
             self._link.send(Rejected(order.job, Code.BAD_INPUT, str(error)[:500]))
         else:
             if done is None:
+                if self._loaded.ring is not None:
+                    self._loaded.ring.stages = max(2, order.stages)
                 self._inbox.put(job)
             else:
                 self._link.send(done)
@@ -206,7 +234,9 @@ def main() -> None:
     if not isinstance(order, Load):
         raise ConfigError("the first frame to a worker is Load")
     try:
-        loaded = load(order)
+        if order.is_stage:
+            StageWorker(link, load_stage(order)).run()
+        loaded = load(order, link.send)
     except ConfigError as error:
         link.send(LoadFailed(str(error)))
         os._exit(0)

@@ -19,6 +19,7 @@ from protocol.ads import AD_VERSION, Ad, CargoOffer, Hardware
 from protocol.book import Book, Entry
 from protocol.errors import Code, Refused
 from protocol.generation import GENERATION, FinishReason, GenerationRequest, pack_tokens, unpack_tokens
+from protocol.hold import HoldProgress, HoldShard, ShardHeld
 from protocol.messages import JobAccepted, JobChunk, JobDone
 from protocol.prices import Ask
 from protocol.receipts import RECEIPT_VERSION, Receipt, sign_receipt
@@ -137,6 +138,9 @@ class FakePort:
     async def wait_book_changed(self) -> None:
         await self._changed.wait()
 
+    async def hold_shard(self, island: str, order: HoldShard, progress: Callable[[HoldProgress], None]) -> ShardHeld:
+        raise Refused(Code.NO_CAPACITY, "these Islands hold no shards")
+
     def advertise(self, island: FakeIsland, **changes: Any) -> None:
         """A newer ad of an Island, which may be new."""
         self._sequence += 1
@@ -181,6 +185,9 @@ class _Run:
         self, island: FakeIsland, script: Script, request: GenerationRequest, ticket: Ticket, raw: bytes
     ) -> None:
         self._island, self._script, self._request, self._ticket, self._raw = island, script, request, ticket, raw
+
+    def mend(self, ticket: bytes) -> None:
+        raise AssertionError("these Islands have no routes to mend")
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         script, request = self._script, self._request

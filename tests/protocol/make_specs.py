@@ -12,11 +12,25 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from protocol import ads, book, envelope, errors, generation, messages, prices, receipts, tickets
+from protocol import (
+    ads,
+    book,
+    envelope,
+    errors,
+    generation,
+    hold,
+    messages,
+    prices,
+    receipts,
+    shards,
+    stage_messages,
+    tickets,
+)
 from protocol.jobs import SENT_BY, TRANSITIONS, JobState
 
 FOLDER = Path(__file__).parents[2] / "specs"
-_MODULES = (ads, book, envelope, generation, messages, prices, receipts, tickets)
+_MODULES = (ads, book, envelope, generation, hold, messages, prices, receipts, shards, stage_messages, tickets)
+REGISTRIES = (messages.JOB, messages.ADS, stage_messages.STAGE, hold.HOLD)
 _SCHEMA = re.compile(r"<!-- schema: ([\w ]+) -->\n```\n.*?```\n", re.DOTALL)
 _TRANSITIONS = re.compile(r"<!-- transitions -->\n(?:\|.*\n)*")
 _CODES = re.compile(r"<!-- codes -->\n(?:\|.*\n)*")
@@ -52,7 +66,7 @@ def schema(names: str) -> str:
 
 def _one_schema(name: str) -> str:
     cls = class_named(name)
-    numbers = [f"{r.name} {n}" for r in (messages.JOB, messages.ADS) for n, c in r.numbers().items() if c is cls]
+    numbers = [f"{r.name} {n}" for r in REGISTRIES for n, c in r.numbers().items() if c is cls]
     hints = typing.get_type_hints(cls)
     fields = dataclasses.fields(cls)
     width = max(len(field.name) for field in fields)

@@ -15,13 +15,25 @@ from typing import Any
 
 import msgpack
 
-from protocol import ads, limits, messages, receipts, tickets
+from protocol import ads, limits, messages, receipts, shards, tickets
 from protocol.envelope import Label, seal
 from protocol.framing import encode_frame
 from protocol.generation import GENERATION, pack_tokens
 from protocol.prices import Ask
+from protocol.shards import LayerRange
 from tests.protocol import samples
-from tests.protocol.samples import BOOT_MS, COORDINATOR, HOLDER, ISLAND, NETWORK, NETWORK_KEY, NOW_MS, OTHER
+from tests.protocol.samples import (
+    BOOT_MS,
+    COORDINATOR,
+    FIRST,
+    HOLDER,
+    ISLAND,
+    MIDDLE,
+    NETWORK,
+    NETWORK_KEY,
+    NOW_MS,
+    OTHER,
+)
 
 FOLDER = Path(__file__).parents[2] / "specs" / "vectors"
 SKEW_MS = int(limits.CLOCK_SKEW_S * 1000)
@@ -57,6 +69,8 @@ def keys() -> list[Vector]:
         ("island", ISLAND),
         ("holder", HOLDER),
         ("other", OTHER),
+        ("first", FIRST),
+        ("middle", MIDDLE),
     ):
         public = key.public_key
         ids = {"peer_id": key.peer_id, "network_id": tickets.network_id_of(public)}
@@ -66,7 +80,7 @@ def keys() -> list[Vector]:
 
 def frames() -> list[Vector]:
     out: list[Vector] = []
-    for registry, said in ((messages.JOB, samples.JOB_MESSAGES), (messages.ADS, samples.ADS_MESSAGES)):
+    for registry, said in samples.REGISTRIES:
         for message in said:
             kind = type(message).__name__
             data = encode_frame(registry, message).hex()
@@ -94,7 +108,7 @@ def frames() -> list[Vector]:
         "header is an extension": _frame(b"\xd4\x05\x00"),
         "header is an empty array": _frame(b"\x90"),
         "trailing byte in the header": _frame(b"\x92\x07\x01\xc0"),
-        "unknown number": _frame(msgpack.packb([8, 1])),
+        "unknown number": _frame(msgpack.packb([10, 1])),
         "number zero": _frame(msgpack.packb([0, 1])),
         "number is a bool": _frame(msgpack.packb([True, 1])),
         "number is a float": _frame(msgpack.packb([7.0, 1])),
@@ -158,7 +172,8 @@ def envelopes() -> list[Vector]:
 def ads_vectors() -> list[Vector]:
     ad = samples.ad()
     data = ads.sign_ad(ad, ISLAND)
-    plainest = samples.ad(offers=(), paths=(), addresses=(), runtimes=(), draining=True, default_ask=Ask())
+    bare: dict[str, Any] = {"offers": (), "paths": (), "addresses": (), "runtimes": (), "shards": ()}
+    plainest = samples.ad(**bare, draining=True, default_ask=Ask(), memory_free_bytes=0)
     nan = msgpack.unpackb(msgpack.unpackb(data)[2])
     nan[13][0][13] = float("nan")
     extra = msgpack.packb([*msgpack.unpackb(msgpack.unpackb(data)[2]), 1])
@@ -309,6 +324,90 @@ def ticket_vectors() -> list[Vector]:
     ]
 
 
+def stage_vectors() -> list[Vector]:
+    """``index`` and ``sender`` as in a StageOpen; with ``use`` the ticket is used up for that, as a SequenceOpen does."""
+    good = tickets.sign_ticket(samples.pipeline_ticket(), COORDINATOR)
+    mended = tickets.sign_ticket(samples.pipeline_ticket(nonce=b"\x02" * 16), COORDINATOR)
+    single = tickets.sign_ticket(samples.ticket(), COORDINATOR)
+    first, middle, driver = FIRST.peer_id, MIDDLE.peer_id, ISLAND.peer_id
+    boots = dict(zip((first, middle, driver), samples.pipeline_ticket().boots, strict=True))
+    delegation = tickets.sign_delegation(samples.delegation(), NETWORK_KEY).hex()
+    end_ms = samples.pipeline_ticket().expires_at_ms
+
+    def case(name: str, peer: str, *handed: tuple[bytes, int, str, str, str], now_ms: int = NOW_MS) -> Vector:
+        said = [
+            {"ticket": data.hex(), "index": index, "sender": sender, "use": use, "now_ms": now_ms, "expect": expect}
+            for data, index, sender, use, expect in handed
+        ]
+        island = {"peer": peer, "boot": boots[peer], "network": NETWORK, "delegation": delegation, "now_ms": NOW_MS}
+        return {"name": name, "island": island, "handed": said}
+
+    def refused(name: str, data: bytes = good, peer: str = first, index: int = 0, sender: str = driver, **at: int) -> Vector:
+        return case(name, peer, (data, index, sender, "", "bad_ticket"), **at)
+
+    def signed(**changes: Any) -> bytes:
+        return tickets.sign_ticket(samples.pipeline_ticket(**changes), COORDINATOR)
+
+    return [
+        case("the driver opens the first stage", first, (good, 0, driver, "", "ok")) | {"fields": plain(samples.pipeline_ticket())},
+        case("the first opens the second", middle, (good, 1, first, "", "ok")),
+        case("the second opens the driver", driver, (good, 2, middle, "", "ok")),
+        case("checked twice, used once", first, (good, 0, driver, "", "ok"), (good, 0, driver, "", "ok"), (good, 0, driver, "aa", "ok")),
+        case("the same use again", first, (good, 0, driver, "aa", "ok"), (good, 0, driver, "aa", "ok")),
+        case("another use", first, (good, 0, driver, "aa", "ok"), (good, 0, driver, "ab", "bad_ticket")),
+        case("a mended route's ticket for the same use", first, (good, 0, driver, "aa", "ok"), (mended, 0, driver, "aa", "ok")),
+        case("at its last millisecond", first, (good, 0, driver, "aa", "ok"), now_ms=end_ms),
+        refused("expired", now_ms=end_ms + 1),
+        refused("the wrong index", index=1, sender=first),
+        refused("an index behind the last", index=7, sender=middle),
+        refused("from the stage behind", sender=middle),
+        refused("from the holder", sender=HOLDER.peer_id),
+        refused("from a stranger", sender=OTHER.peer_id),
+        refused("a middle stage from the driver", peer=middle, index=1),
+        refused("of one Island", data=single, peer=driver, index=0, sender=HOLDER.peer_id),
+        refused("an earlier run", data=signed(boots=(1, 2, 3))),
+        refused("another network", data=signed(network=tickets.network_id_of(OTHER.public_key))),
+        refused("forged", data=repacked(good, 3, bytes(64))),
+    ]
+
+
+def manifests() -> list[Vector]:
+    """JSON text of manifests, and what ranges weigh by them."""
+    made = samples.manifest()
+    text = shards.manifest_to_json(made)
+    ranges = [LayerRange(low, high) for low in range(made.total_layers) for high in range(low + 1, made.total_layers + 1)]
+    weighed = [
+        {
+            "layers": [layers.low, layers.high],
+            "weights_bytes": made.weights_bytes(layers),
+            "kv_bytes_per_token": made.kv_bytes_per_token(layers),
+            "compute_bytes": made.measured_compute_bytes(layers),
+            "shard_hash": made.shard_hash(layers),
+        }
+        for layers in ranges
+    ]
+    out: list[Vector] = [{"name": "good", "text": text, "expect": "ok", "ranges": weighed}]
+    whole = json.loads(text)
+    bad: dict[str, dict[str, Any]] = {
+        "another version": {"version": 2},
+        "an unknown field": {"colour": "blue"},
+        "a bool for a figure": {"width": True},
+        "a float for a figure": {"width": 64.0},
+        "a name with a space": {"name": "a b"},
+        "a layer too few": {"layer_bytes": [1, 2, 3]},
+        "a negative size": {"kv_bytes": [1, 2, 3, -1]},
+        "two buffers": {"compute_bytes": [1, 2]},
+        "a shard without layers": {"shard_layers": [[0, 0], [2, 4]]},
+        "a shard of layers that are not there": {"shard_layers": [[0, 2], [2, 5]]},
+        "a shard twice": {"shard_layers": [[0, 2], [0, 2]]},
+        "a hash too few": {"shard_hashes": [samples.SHARD_HASH]},
+        "a hash in capitals": {"model_sha256": "AB" * 32},
+    }
+    out += [{"name": name, "text": json.dumps(whole | change), "expect": "refused"} for name, change in bad.items()]
+    out.append({"name": "a field missing", "text": json.dumps({k: v for k, v in whole.items() if k != "width"}), "expect": "refused"})
+    return out
+
+
 def delegations() -> list[Vector]:
     made = samples.delegation()
     data = tickets.sign_delegation(made, NETWORK_KEY)
@@ -378,6 +477,11 @@ def jobs() -> list[Vector]:
         "a cancel before it was accepted": "JobOpen JobCancel JobAccepted JobFailed",
         "a cancel that came too late": "JobOpen JobAccepted JobDone JobCancel JobCancel",
         "two at once": "JobOpen:1 JobOpen:2 JobAccepted:2 JobAccepted:1 JobChunk:2 JobDone:2 JobChunk:1 JobDone:1",
+        "a route that breaks and is mended": "JobOpen JobAccepted JobChunk RouteBroken RouteMended JobChunk:1,1 JobDone",
+        "a route that breaks while the job is opened": "JobOpen RouteBroken RouteMended JobAccepted JobDone",
+        "a route that breaks twice before it is mended": "JobOpen JobAccepted RouteBroken RouteBroken RouteMended JobDone",
+        "a broken route that is given up": "JobOpen JobAccepted RouteBroken JobCancel JobFailed",
+        "a mended route that comes too late": "JobOpen JobAccepted RouteBroken JobFailed RouteMended",
         "numbers may skip": "JobOpen:3 JobFailed:3 JobOpen:9 JobFailed:9",
     }
     refused = {
@@ -399,6 +503,9 @@ def jobs() -> list[Vector]:
         "done twice": "JobOpen JobAccepted JobDone JobDone",
         "failed after it was done": "JobOpen JobAccepted JobDone JobFailed",
         "a message for another job": "JobOpen:1 JobAccepted:2",
+        "a route that breaks after the end": "JobOpen JobAccepted JobDone RouteBroken",
+        "a broken route of nothing": "RouteBroken",
+        "a mended route of nothing": "RouteMended",
     }
     out: list[Vector] = [{"name": name, "said": said(text), "expect": "ok"} for name, text in ok.items()]
     return out + [{"name": name, "said": said(text), "expect": "refused"} for name, text in refused.items()]
@@ -456,13 +563,15 @@ def generations() -> list[Vector]:
 
 ABOUT = {
     "keys": (keys, "Seeds, the Ed25519 public keys they give, and the names made of them."),
-    "frames": (frames, "Frames of both stream protocols, bytes to message; an incomplete one has to wait for more."),
+    "frames": (frames, "Frames of the four stream protocols, bytes to message; an incomplete one has to wait for more."),
     "envelopes": (envelopes, "Envelopes opened under a label."),
     "ads": (ads_vectors, "Ads read at a time."),
     "losses": (losses, "Notices of loss read at a time."),
     "books": (books, "What a book holds after envelopes came in this order."),
     "delegations": (delegations, "Delegations read at a time."),
     "tickets": (ticket_vectors, "Tickets handed to a fresh Island one after another."),
+    "stages": (stage_vectors, "Tickets of a pipeline handed to a stage of its route one after another."),
+    "manifests": (manifests, "Shard manifests as JSON text, and what ranges of layers weigh by them."),
     "receipts": (receipt_vectors, "Receipts checked against the ticket and what the holder counted."),
     "jobs": (jobs, "Conversations about jobs; in a refused one the last message is the wrong one."),
     "prices": (prices, "Text to micro-credits and back, and the price of a job."),

@@ -6,10 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from privacy.keys import NodeKey
-from protocol import ads, limits, messages, receipts, tickets
+from protocol import ads, hold, limits, messages, receipts, shards, stage_messages, tickets
+from protocol.activations import Activations
 from protocol.errors import Code
 from protocol.generation import ChatMessage, FinishReason, GenerationRequest, Role, Sampling, pack_tokens
 from protocol.prices import Ask
+from protocol.shards import LayerRange
 
 NOW_MS = 1_795_000_000_000  # 2026-11-18
 BOOT_MS = NOW_MS - 60_000
@@ -25,8 +27,12 @@ COORDINATOR = key(2)
 ISLAND = key(3)
 HOLDER = key(4)
 OTHER = key(5)
+FIRST = key(6)  # stages 0 and 1 of the pipeline; its driver is ISLAND
+MIDDLE = key(7)
 NETWORK = tickets.network_id_of(NETWORK_KEY.public_key)
 CONTENT_HASH = "ab" * 32
+SHARD_HASH = "cd" * 32
+SESSION = b"\x05" * stage_messages.SESSION_BYTES
 
 
 def offer(**changes: Any) -> ads.CargoOffer:
@@ -49,6 +55,27 @@ def offer(**changes: Any) -> ads.CargoOffer:
     return replace(fields, **changes)
 
 
+def shard(**changes: Any) -> ads.ShardOffer:
+    fields = ads.ShardOffer(
+        name="smollm2-135m",
+        content_hash=CONTENT_HASH,
+        shard_hash=SHARD_HASH,
+        layers=LayerRange(0, 16),
+        total_layers=30,
+        engine="gguf/1",
+        ask=Ask(per_1k_output=10_000),
+        slots=16,
+        kv_tokens_total=32_768,
+        weights_bytes=60_000_000,
+        kv_bytes_per_token=12_288,
+        compute_bytes=30_000_000,
+        process_bytes=90_000_000,
+        token_us=4_200,
+        is_free=True,
+    )
+    return replace(fields, **changes)
+
+
 def ad(signer: NodeKey = ISLAND, **changes: Any) -> ads.Ad:
     sequence = changes.get("sequence", NOW_MS)
     fields = ads.Ad(
@@ -67,6 +94,8 @@ def ad(signer: NodeKey = ISLAND, **changes: Any) -> ads.Ad:
         default_ask=Ask(per_job=1_000),
         offers=(offer(),),
         paths=(ads.PathMeasure(COORDINATOR.peer_id, 1_200),),
+        shards=(shard(),),
+        memory_free_bytes=2 * 2**30,
     )
     return replace(fields, **changes)
 
@@ -96,6 +125,49 @@ def ticket(**changes: Any) -> tickets.Ticket:
         nonce=b"\x01" * limits.NONCE_BYTES,
         issued_at_ms=NOW_MS,
         expires_at_ms=NOW_MS + 120_000,
+    )
+    return replace(fields, **changes)
+
+
+def pipeline_ticket(**changes: Any) -> tickets.Ticket:
+    """FIRST, MIDDLE and, as the driver, ISLAND hold a model of 30 layers between them."""
+    stages = tuple(
+        tickets.TicketStage(LayerRange(low, high), Ask(per_1k_output=ask))
+        for low, high, ask in ((0, 10, 9_000), (10, 20, 8_000), (20, 30, 11_000))
+    )
+    fields: dict[str, Any] = {
+        "route": (FIRST.peer_id, MIDDLE.peer_id, ISLAND.peer_id),
+        "boots": (BOOT_MS - 2, BOOT_MS - 1, BOOT_MS),
+        "stages": stages,
+        "activations": Activations.F16,
+    }
+    return ticket(**(fields | changes))
+
+
+def manifest(**changes: Any) -> shards.ShardManifest:
+    """A small model whose figures are all different, so that a sum of the wrong ones shows."""
+    fields = shards.ShardManifest(
+        version=shards.MANIFEST_VERSION,
+        name="tiny",
+        architecture="llama",
+        model_sha256=CONTENT_HASH,
+        model_bytes=40_000,
+        model_sources=("https://models.example/tiny.gguf",),
+        total_layers=4,
+        width=64,
+        vocabulary=512,
+        context_tokens=2_048,
+        embedding_bytes=10_000,
+        head_bytes=5_000,
+        shared_bytes=7,
+        layer_bytes=(1_000, 1_100, 1_200, 1_400),
+        kv_bytes=(100, 110, 120, 140),
+        micro_batch=60,
+        compute_bytes=(50_000, 40_000, 90_000),
+        shard_layers=(LayerRange(0, 2), LayerRange(2, 4)),
+        shard_hashes=(SHARD_HASH, "ef" * 32),
+        shard_bytes=(12_500, 8_000),
+        shard_urls=("https://models.example/tiny.0-1.gguf", ""),
     )
     return replace(fields, **changes)
 
@@ -136,9 +208,23 @@ JOB_MESSAGES: tuple[Any, ...] = (
     messages.JobOpen(1, b"ticket", b"input"),
     messages.JobAccepted(1, "gguf/1", 30, 10),
     messages.JobChunk(1, 0, "Pa", b"", pack_tokens([5, 6])),
-    messages.JobDone(1, FinishReason.STOP, ".", 30, 10, 2, 1_000, 2_000, b"receipt"),
+    messages.JobDone(
+        job=1,
+        finish_reason=FinishReason.STOP,
+        text=".",
+        prompt_tokens=30,
+        cached_tokens=10,
+        completion_tokens=2,
+        prefill_us=1_000,
+        decode_us=2_000,
+        receipt=b"receipt",
+        stages=(messages.StageUse(FIRST.peer_id, 400, 1_500), messages.StageUse(ISLAND.peer_id, 700, 1_900)),
+        wire_us=350,
+    ),
     messages.JobFailed(1, Code.NO_CAPACITY, "full"),
     messages.JobCancel(1),
+    messages.RouteBroken(1, 0, Code.LINK_LOST, "stage 0 is gone"),
+    messages.RouteMended(1, b"ticket"),
 )
 ADS_MESSAGES: tuple[Any, ...] = (
     messages.Hello(1, messages.NodeRole.COORDINATOR, NETWORK, "archipelag/0.1.0", b"delegation"),
@@ -146,4 +232,35 @@ ADS_MESSAGES: tuple[Any, ...] = (
     messages.AdAck(NOW_MS, True),
     messages.BookRequest((messages.Known(COORDINATOR.peer_id, 5), messages.Known(ISLAND.peer_id, 7, True))),
     messages.Coordinators((f"/ip4/192.0.2.2/tcp/4001/p2p/{COORDINATOR.peer_id}",)),
+)
+STAGE_MESSAGES: tuple[Any, ...] = (
+    messages.Hello(1, messages.NodeRole.ISLAND, NETWORK, "archipelag/0.1.0"),
+    stage_messages.StageOpen(SESSION, 1, 0, b"ticket"),
+    stage_messages.StageOpened(("gguf/1", "gguf/1")),
+    stage_messages.StageRows(
+        step=7,
+        spans=(stage_messages.Span(1, 30, 2), stage_messages.Span(2, 5, 1)),
+        times=(stage_messages.StageTime(900, 800),),
+        rows=bytes(range(24)),
+    ),
+    stage_messages.SequenceOpen(2, 300, 12, 1, 20, b"ticket"),
+    stage_messages.SequenceEnd((1, 2)),
+    stage_messages.RowsWanted(1, 0, 30),
+    stage_messages.StageProbe(3),
+    stage_messages.StageReport(3, 1, 40, 2, 5_000),
+    stage_messages.StageFault(1, 0, Code.WORKER_DIED, "the engine has ended"),
+)
+HOLD_MESSAGES: tuple[Any, ...] = (
+    messages.Hello(1, messages.NodeRole.COORDINATOR, NETWORK, "archipelag/0.1.0", b"delegation"),
+    hold.HoldShard(manifest(), LayerRange(1, 3), 8_192, BOOT_MS, NOW_MS + 60_000),
+    hold.HoldProgress("cutting", 10, 100),
+    hold.ShardHeld(SHARD_HASH, NOW_MS + 1),
+    hold.HoldRefused(Code.NO_CAPACITY, "no memory is offered"),
+    hold.DropShard(CONTENT_HASH, LayerRange(1, 3)),
+)
+REGISTRIES = (
+    (messages.JOB, JOB_MESSAGES),
+    (messages.ADS, ADS_MESSAGES),
+    (stage_messages.STAGE, STAGE_MESSAGES),
+    (hold.HOLD, HOLD_MESSAGES),
 )

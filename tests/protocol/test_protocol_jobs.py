@@ -15,7 +15,19 @@ from protocol.errors import Code, LocalProtocolError, RemoteProtocolError
 from protocol.framing import FrameDecoder, encode_frame
 from protocol.generation import FinishReason, pack_tokens
 from protocol.jobs import SENT_BY, TRANSITIONS, JobState, JobStreams, Side
-from protocol.messages import JOB, Hello, JobAccepted, JobCancel, JobChunk, JobDone, JobFailed, JobOpen, NodeRole
+from protocol.messages import (
+    JOB,
+    Hello,
+    JobAccepted,
+    JobCancel,
+    JobChunk,
+    JobDone,
+    JobFailed,
+    JobOpen,
+    NodeRole,
+    RouteBroken,
+    RouteMended,
+)
 
 KINDS = list(SENT_BY)
 
@@ -28,6 +40,8 @@ def message(kind: type[Any], job: int = 1, step: int = 0, tokens: int = 1) -> An
         JobDone: lambda: JobDone(job, FinishReason.STOP, "", 3, 0, step, 1, 1, b""),
         JobFailed: lambda: JobFailed(job, Code.INTERNAL, "broke"),
         JobCancel: lambda: JobCancel(job),
+        RouteBroken: lambda: RouteBroken(job, 0, Code.LINK_LOST, "stage 0 is gone"),
+        RouteMended: lambda: RouteMended(job, b"ticket"),
     }
     return made[kind]()
 
@@ -159,7 +173,7 @@ def test_the_table_is_sound() -> None:
     for (state, kind), following in TRANSITIONS.items():
         assert following is not JobState.IDLE
         if state is JobState.ENDED:
-            assert (kind, following) == (JobCancel, JobState.ENDED)
+            assert kind in (JobCancel, RouteMended) and following is JobState.ENDED
     for state in (JobState.OPENING, JobState.RUNNING, JobState.WITHDRAWN, JobState.CANCELLING):
         assert TRANSITIONS[state, JobFailed] is JobState.ENDED
     assert {kind for _, kind in TRANSITIONS} == set(SENT_BY)

@@ -11,7 +11,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from protocol import limits, messages
+from protocol import hold, limits, messages, stage_messages
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.registry import Registry, Struct, body
 from tests.protocol import samples
@@ -41,7 +41,7 @@ VALUES: list[Any] = [1, 0.5, "a", b"b", True, None, [3], [4, 5.0], ["x", "y"]]
 
 
 def test_every_message_survives_the_way_there_and_back() -> None:
-    for registry, samples_of in ((messages.JOB, samples.JOB_MESSAGES), (messages.ADS, samples.ADS_MESSAGES)):
+    for registry, samples_of in samples.REGISTRIES:
         assert [type(m) for m in samples_of] == list(registry.numbers().values()), "a sample for each message"
         for message in samples_of:
             assert registry.decode(*registry.encode(message)) == message
@@ -58,9 +58,26 @@ def test_numbers_are_frozen() -> None:
         5: "JobDone",
         6: "JobFailed",
         7: "JobCancel",
+        8: "RouteBroken",
+        9: "RouteMended",
     }
     names = {number: cls.__name__ for number, cls in messages.ADS.numbers().items()}
     assert names == {1: "Hello", 2: "Announce", 3: "AdAck", 4: "BookRequest", 5: "Coordinators"}
+    names = {number: cls.__name__ for number, cls in stage_messages.STAGE.numbers().items()}
+    assert names == {
+        1: "Hello",
+        2: "StageOpen",
+        3: "StageOpened",
+        4: "StageRows",
+        5: "SequenceOpen",
+        6: "SequenceEnd",
+        7: "RowsWanted",
+        8: "StageProbe",
+        9: "StageReport",
+        10: "StageFault",
+    }
+    names = {number: cls.__name__ for number, cls in hold.HOLD.numbers().items()}
+    assert names == {1: "Hello", 2: "HoldShard", 3: "HoldProgress", 4: "ShardHeld", 5: "HoldRefused", 6: "DropShard"}
 
 
 def test_a_number_is_used_once() -> None:
@@ -235,7 +252,7 @@ def _peak_of_decoding(header: bytes) -> int:
 
 
 def test_unknown_and_odd_numbers_are_refused() -> None:
-    for number in (0, 8, -1, 2**63, True, 1.0, "1", None, [1]):
+    for number in (0, 10, -1, 2**63, True, 1.0, "1", None, [1]):
         with pytest.raises(RemoteProtocolError):
             messages.JOB.decode(msgpack.packb([number, 1]))
     with pytest.raises(RemoteProtocolError):

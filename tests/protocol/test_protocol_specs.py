@@ -9,6 +9,8 @@ import pytest
 
 from protocol import limits, messages
 from protocol.envelope import Label
+from protocol.hold import HOLD_PROTOCOL
+from protocol.stage_messages import STAGE_PROTOCOL
 from tests.protocol import make_specs
 
 PAGES = sorted(make_specs.FOLDER.glob("*.md"))
@@ -20,7 +22,7 @@ _LINK = re.compile(r"\]\((?!https?:)([^)#]+)(#[^)]*)?\)")
 
 def test_there_is_a_page_for_each_protocol() -> None:
     names = {path.stem for path in PROTOCOL_PAGES}
-    assert names >= {"wire", "envelope", "ads", "ads-stream", "job-stream", "tickets", "receipts"}
+    assert names >= {"wire", "envelope", "ads", "ads-stream", "job-stream", "tickets", "receipts", "stage-stream", "hold-stream", "shards"}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -37,7 +39,7 @@ def test_the_state_table_stands_on_its_page() -> None:
 def test_every_message_has_a_schema_on_some_page() -> None:
     pages = "".join(path.read_text() for path in PAGES)
     shown = {name for names in re.findall(r"<!-- schema: ([\w ]+) -->", pages) for name in names.split()}
-    said = {cls.__name__ for registry in (messages.JOB, messages.ADS) for cls in registry.numbers().values()}
+    said = {cls.__name__ for registry in make_specs.REGISTRIES for cls in registry.numbers().values()}
     signed = {"Ad", "Lost", "Delegation", "Ticket", "Receipt", "Envelope"}
     assert shown >= said | signed
 
@@ -72,7 +74,7 @@ def test_a_page_has_its_parts(path: Path) -> None:
 
 def test_protocol_ids_and_labels_stand_as_they_are() -> None:
     pages = "".join(path.read_text() for path in PAGES)
-    for text in (messages.JOB_PROTOCOL, messages.ADS_PROTOCOL, *map(str, Label), "archipelag-envelope/1"):
+    for text in (messages.JOB_PROTOCOL, messages.ADS_PROTOCOL, STAGE_PROTOCOL, HOLD_PROTOCOL, *map(str, Label), "archipelag-envelope/1"):
         assert f"`{text}`" in pages, text
 
 

@@ -105,9 +105,11 @@ def test_for_an_earlier_run() -> None:
 
 
 def test_each_island_of_a_route_looks_at_its_own_boot() -> None:
-    data = signed(route=(OTHER.peer_id, ISLAND.peer_id), boots=(5, BOOT_MS))
-    guard().admit(data, HOLDER.peer_id, NOW_MS)
-    assert "earlier run" in refusal(guard(), signed(route=(OTHER.peer_id, ISLAND.peer_id), boots=(BOOT_MS, 5)))
+    def pipeline(*boots: int) -> bytes:
+        return sign_ticket(samples.pipeline_ticket(boots=boots), COORDINATOR)
+
+    guard().admit(pipeline(5, 6, BOOT_MS), HOLDER.peer_id, NOW_MS)
+    assert "earlier run" in refusal(guard(), pipeline(BOOT_MS, BOOT_MS, 5))
 
 
 def test_of_another_holder() -> None:
@@ -224,6 +226,7 @@ BAD_TICKET: list[dict[str, Any]] = [
     {"issued_at_ms": 0},
     {"expires_at_ms": NOW_MS},
     {"expires_at_ms": NOW_MS + int(limits.TICKET_LIFETIME_S * 1000) + 1},
+    {"route": (OTHER.peer_id, ISLAND.peer_id), "boots": (1, 1)},
 ]
 
 

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from privacy.keys import NodeKey
-from protocol import ads, messages, receipts, tickets
+from protocol import ads, messages, receipts, shards, tickets
 from protocol.book import AdHeard, Book, LostHeard, apply
 from protocol.envelope import Label, open_envelope
-from protocol.errors import Code, LocalProtocolError, Refused, RemoteProtocolError, SignatureError
+from protocol.errors import Code, ConfigError, LocalProtocolError, Refused, RemoteProtocolError, SignatureError
 from protocol.framing import FrameDecoder, encode_frame
 from protocol.generation import GENERATION, FinishReason, pack_tokens
 from protocol.jobs import SENT_BY, JobStreams, Side
 from protocol.prices import Ask, format_credits, parse_credits
-from tests.protocol import make_vectors
+from tests.protocol import make_vectors, samples
 from tests.protocol.make_vectors import plain
 
 Vector = dict[str, Any]
@@ -44,7 +44,7 @@ def test_no_file_is_left_out() -> None:
     assert {path.stem for path in FILES} == CHECKS.keys() == make_vectors.ABOUT.keys()
     for path in FILES:
         expected = {vector.get("expect", "ok") for vector in json.loads(path.read_text())["vectors"]}
-        assert path.stem in ("keys", "books", "tickets") or expected >= {"ok", "refused"}, "good ones and bad ones"
+        assert path.stem in ("keys", "books", "tickets", "stages") or expected >= {"ok", "refused"}, "good ones and bad ones"
 
 
 @pytest.mark.parametrize("name", make_vectors.ABOUT)
@@ -72,7 +72,7 @@ def check_key(vector: Vector) -> None:
 
 
 def check_frame(vector: Vector) -> None:
-    registry = messages.JOB if vector["registry"] == "job" else messages.ADS
+    registry = {registry.name: registry for registry, _ in samples.REGISTRIES}[vector["registry"]]
     decoder = FrameDecoder(registry)
 
     def decode(data: bytes) -> list[Any]:
@@ -138,6 +138,40 @@ def check_ticket(vector: Vector) -> None:
             assert plain(ticket) == vector.get("fields", plain(ticket))
 
 
+def check_stage(vector: Vector) -> None:
+    island = vector["island"]
+    guard = tickets.TicketGuard(island["peer"], island["boot"], island["network"])
+    guard.trust(tickets.read_delegation(bytes.fromhex(island["delegation"]), island["now_ms"]))
+    for handed in vector["handed"]:
+        data, use = bytes.fromhex(handed["ticket"]), bytes.fromhex(handed["use"])
+        where = (handed["index"], handed["sender"])
+        try:
+            if use:
+                ticket = guard.use_stage(data, *where, use, handed["now_ms"])
+            else:
+                ticket = guard.check_stage(data, *where, handed["now_ms"])
+        except Refused as refused:
+            assert str(refused.code) == handed["expect"], refused
+        else:
+            assert handed["expect"] == "ok"
+            assert plain(ticket) == vector.get("fields", plain(ticket))
+
+
+def check_manifest(vector: Vector) -> None:
+    if vector["expect"] == "refused":
+        with pytest.raises(ConfigError):
+            shards.manifest_from_json(vector["text"])
+        return
+    manifest = shards.manifest_from_json(vector["text"])
+    assert shards.manifest_to_json(manifest) == vector["text"]
+    for weighed in vector["ranges"]:
+        layers = shards.LayerRange(*weighed["layers"])
+        assert manifest.weights_bytes(layers) == weighed["weights_bytes"]
+        assert manifest.kv_bytes_per_token(layers) == weighed["kv_bytes_per_token"]
+        assert manifest.measured_compute_bytes(layers) == weighed["compute_bytes"]
+        assert manifest.shard_hash(layers) == weighed["shard_hash"]
+
+
 def check_receipt(vector: Vector) -> None:
     sent = bytes.fromhex(vector["ticket"])
     ticket = tickets._TICKET.decode(open_envelope(Label.TICKET, sent).payload)
@@ -201,6 +235,10 @@ def _job_message(said: Vector) -> Any:
             return messages.JobFailed(job, Code.INTERNAL, "")
         case "JobCancel":
             return messages.JobCancel(job)
+        case "RouteBroken":
+            return messages.RouteBroken(job, 0, Code.LINK_LOST, "")
+        case "RouteMended":
+            return messages.RouteMended(job, b"ticket")
     raise AssertionError(said)
 
 
@@ -231,6 +269,8 @@ CHECKS: dict[str, Callable[[Vector], None]] = {
     "books": check_book,
     "delegations": check_delegation,
     "tickets": check_ticket,
+    "stages": check_stage,
+    "manifests": check_manifest,
     "receipts": check_receipt,
     "jobs": check_job,
     "prices": check_price,

@@ -28,6 +28,7 @@ from protocol.generation import ChatMessage, FinishReason, GenerationRequest, Ro
 from protocol.messages import JobChunk
 from runtimes.base import CargoFacts, Chunk, Finished, Run, RunRequest
 from runtimes.gguf import cargo as cargo_module
+from runtimes.gguf import process as process_module
 from runtimes.gguf.cargo import GgufCargo, open_gguf_cargo, worker_environment
 from runtimes.gguf.messages import Load
 
@@ -413,7 +414,7 @@ async def test_a_worker_that_crashes_over_and_over_is_started_after_growing_paus
 ) -> None:
     monkeypatch.setattr(limits, "WORKER_RESTART_MIN_S", 0.02)
     starts: list[float] = []
-    real = cargo_module.worker_command
+    real = process_module.worker_command
 
     def failing(descriptor: int) -> list[str]:
         starts.append(trio.current_time())
@@ -422,7 +423,7 @@ async def test_a_worker_that_crashes_over_and_over_is_started_after_growing_paus
         return [sys.executable, "-I", "-S", "-c", CRASH] if len(starts) < 6 else real(descriptor)
 
     async with opened(smollm2_path) as cargo:
-        monkeypatch.setattr(cargo_module, "worker_command", failing)
+        monkeypatch.setattr(process_module, "worker_command", failing)
         os.kill(cargo.worker_pid, signal.SIGKILL)
         await until(cargo, lambda: not cargo.alive)
         died = trio.current_time()
@@ -436,10 +437,10 @@ async def test_a_worker_that_crashes_over_and_over_is_started_after_growing_paus
 def test_pauses_grow_to_a_limit_and_start_anew_after_a_good_life() -> None:
     pauses = [0.0]
     for _ in range(12):
-        pauses.append(cargo_module.pause_after(pauses[-1], served_s=1.0))
+        pauses.append(process_module.pause_after(pauses[-1], served_s=1.0))
     assert pauses[1] == limits.WORKER_RESTART_MIN_S and pauses[-1] == limits.WORKER_RESTART_MAX_S
     assert all(later == min(2 * earlier, limits.WORKER_RESTART_MAX_S) for earlier, later in pairwise(pauses[1:]))
-    assert cargo_module.pause_after(pauses[-1], served_s=60.0) == limits.WORKER_RESTART_MIN_S
+    assert process_module.pause_after(pauses[-1], served_s=60.0) == limits.WORKER_RESTART_MIN_S
 
 
 async def test_a_worker_that_stands_still_is_noticed_and_replaced(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,13 +14,13 @@ from protocol.errors import Code, Refused
 from protocol.generation import ChatMessage, FinishReason, GenerationRequest, Role, Sampling, pack_tokens
 from runtimes.gguf.engine import Engine, Events, Job
 from runtimes.gguf.kv import KvBook
-from runtimes.gguf.layers import Rows, Stage
+from runtimes.gguf.layers import Stage
 from runtimes.gguf.llama import ContextSize, Floats, Model
 from runtimes.gguf.load import MICRO_BATCH_CPU
 from runtimes.gguf.messages import Ended
 from runtimes.gguf.prepare import Preparer
 from runtimes.gguf.scheduler import TimeModel
-from runtimes.gguf.shelf import Shelf, State
+from runtimes.gguf.shelf import Shelf
 from runtimes.gguf.template import ChatTemplate
 
 CELLS, SLOTS, SEQUENCES = 4096, 12, 24
@@ -90,7 +89,7 @@ class Bench:
         seen: list[Floats] = []
         choose = self.engine._choose
 
-        def look(logits: Floats, jobs: list[Job], events: Events) -> None:
+        def look(logits: Floats, jobs: Sequence[Job], events: Events) -> None:
             seen.extend(logits[i].copy() for i, job in enumerate(jobs) if job.number == number)
             choose(logits, jobs, events)
 
@@ -339,117 +338,3 @@ def test_tokens_that_the_model_does_not_have_cannot_be_resumed(bench: Bench) -> 
     with pytest.raises(Refused) as caught:
         bench.start(replace(completion("x"), resume=pack_tokens([10_000_000])))
     assert caught.value.code is Code.BAD_INPUT
-
-
-# A range of layers: cut the file, run the halves one behind the other.
-
-
-def cut(source: Path, target: Path, low: int, high: int) -> None:
-    """Writes layers low..high of a llama-architecture file as a file of its own: renumbered, with the rest as it was."""
-    data = source.read_bytes()
-    at = 24
-    tensors, entries = struct.unpack_from("<QQ", data, 8)
-
-    def text(at: int) -> tuple[bytes, int]:
-        (size,) = struct.unpack_from("<Q", data, at)
-        return data[at + 8 : at + 8 + size], at + 8 + size
-
-    def behind(kind: int, at: int) -> int:
-        if kind == 8:
-            return text(at)[1]
-        if kind == 9:
-            inner, count = struct.unpack_from("<IQ", data, at)
-            at += 12
-            for _ in range(count):
-                at = behind(inner, at)
-            return at
-        return at + {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}[kind]
-
-    head = b""
-    for _ in range(entries):
-        start = at
-        key, at = text(at)
-        (kind,) = struct.unpack_from("<I", data, at)
-        at = behind(kind, at + 4)
-        entry = data[start:at]
-        head += entry[:-4] + struct.pack("<I", high - low) if key == b"llama.block_count" else entry
-    infos = []
-    for _ in range(tensors):
-        name, at = text(at)
-        (dimensions,) = struct.unpack_from("<I", data, at)
-        shape = data[at : at + 4 + 8 * dimensions]
-        kind, offset = struct.unpack_from("<IQ", data, at + 4 + 8 * dimensions)
-        at += 16 + 8 * dimensions
-        infos.append((name, shape, kind, offset))
-    base = -(-at // 32) * 32
-    ends = sorted([offset for *_, offset in infos] + [len(data) - base])
-    listed, blobs, size, count = b"", [], 0, 0
-    for name, shape, kind, offset in infos:
-        if name.startswith(b"blk."):
-            _, number, rest = name.split(b".", 2)
-            if not low <= int(number) < high:
-                continue
-            name = b"blk.%d.%s" % (int(number) - low, rest)
-        blob = data[base + offset : base + ends[ends.index(offset) + 1]]
-        listed += struct.pack("<Q", len(name)) + name + shape + struct.pack("<IQ", kind, size)
-        blobs.append(blob + b"\0" * (-len(blob) % 32))
-        size, count = size + len(blobs[-1]), count + 1
-    front = data[:8] + struct.pack("<QQ", count, entries) + head + listed
-    target.write_bytes(front + b"\0" * (-len(front) % 32) + b"".join(blobs))
-
-
-class Pipeline:
-    """Stages one behind the other, as the engine's layers: what step 2 does between Islands."""
-
-    def __init__(self, *stages: Stage) -> None:
-        self.stages = stages
-        self.widths: list[tuple[int, ...]] = []
-
-    def forward(self, rows: Rows) -> Floats:
-        out = self.stages[0].forward(rows)
-        for stage in self.stages[1:]:
-            self.widths.append(out.shape)
-            out = stage.forward(rows.with_hidden(out))
-        return out
-
-    def copy_prefix(self, source: int, target: int, length: int) -> None:
-        for stage in self.stages:
-            stage.copy_prefix(source, target, length)
-
-    def cut(self, sequence: int, length: int = 0) -> None:
-        for stage in self.stages:
-            stage.cut(sequence, length)
-
-    def save(self, sequence: int) -> State:
-        return np.concatenate([stage.save(sequence) for stage in self.stages])
-
-    def restore(self, sequence: int, state: State) -> None:
-        raise AssertionError("this test puts nothing back")
-
-
-def test_two_stages_equal_the_whole_model(bench: Bench, smollm2_path: Path, tmp_path: Path) -> None:
-    requests = [completion(f"A story about {topic}:", 12) for topic in TOPICS[:4]]
-    whole = [bench.answer(request).tokens for request in requests]
-    size = ContextSize(1024, SEQUENCES, batch=256, micro_batch=MICRO_BATCH_CPU, outputs=256, threads=1)
-    models, stages = [], []
-    for low, high in ((0, 11), (11, 30)):
-        path = tmp_path / f"{low}.gguf"
-        cut(smollm2_path, path, low, high)
-        models.append(Model(str(path), plain=True))
-        stages.append(Stage(models[-1], size, is_last=high == 30))
-    pipeline = Pipeline(*stages)
-    prompt = np.array(bench.model.tokenize("The sea is wide and", True, True), np.int32)
-    n = len(prompt)
-    rows = Rows(prompt, np.arange(n, dtype=np.int32), np.full(n, 3, np.int32), np.ones(n, np.int8))
-    assert np.abs(pipeline.forward(rows) - bench.stage.forward(rows)).max() == 0.0
-    assert pipeline.widths == [(n, 576)]
-    pipeline.cut(3)
-    bench.stage.cut(3)
-    bench.engine._layers = pipeline
-    bench.book = bench.engine._book = KvBook(1024, SLOTS, SEQUENCES)
-    together = [bench.start(request, SALT) for request in requests]
-    bench.drain()
-    assert [bench.answers[n].tokens for n in together] == whole
-    for stage, model in zip(stages, models, strict=True):
-        stage.close()
-        model.close()

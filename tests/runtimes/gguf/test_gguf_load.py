@@ -20,9 +20,9 @@ from protocol import limits
 from protocol.errors import ConfigError
 from protocol.generation import GenerationRequest
 from runtimes.base import RunRequest
-from runtimes.gguf import cargo as cargo_module
 from runtimes.gguf import llama as llama_module
 from runtimes.gguf import load as load_module
+from runtimes.gguf import process as process_module
 from runtimes.gguf.budget import PROCESS_BYTES, KvShape
 from runtimes.gguf.cargo import GgufCargo, open_gguf_cargo
 from runtimes.gguf.layers import Stage
@@ -150,8 +150,8 @@ class Spawns:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *programs: list[str]) -> None:
         self.programs, self.count = programs, 0
-        self._real = cargo_module.worker_command
-        monkeypatch.setattr(cargo_module, "worker_command", self.command)
+        self._real = process_module.worker_command
+        monkeypatch.setattr(process_module, "worker_command", self.command)
 
     def command(self, descriptor: int) -> list[str]:
         self.count += 1
@@ -215,7 +215,7 @@ async def test_a_changed_worker_that_cannot_load_is_a_sentence(
     change: str, sentence: str, smollm2_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = f"import runpy, sys; {change}; runpy.run_module('runtimes.gguf.worker', run_name='__main__')"
-    monkeypatch.setattr(cargo_module, "worker_command", lambda fd: [sys.executable, "-P", "-c", text, str(fd), str(os.getpid())])
+    monkeypatch.setattr(process_module, "worker_command", lambda fd: [sys.executable, "-P", "-c", text, str(fd), str(os.getpid())])
     with pytest.raises(ConfigError, match=sentence):
         await attempt(smollm2_path)
 
@@ -298,11 +298,15 @@ def test_large_vocabularies_need_room_for_their_logits() -> None:
     assert load_module._compute_guess(262_144, 128, 128) >= 269_421_117  # measured for Gemma 3 270M with 64 slots
 
 
+def no_node(message: object) -> None:
+    raise AssertionError(f"a whole model says nothing by itself, but it said {message!r}")
+
+
 def test_buffers_larger_than_guessed_are_made_again_within_the_limit(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit_bytes = 96_576_768 + PROCESS_BYTES + 2500 * 23_040  # the buffers take 1,140 of these cells
     order = Load("m", str(smollm2_path), HASH, limit_bytes, 1, 0, 0, 2, plain=True)
     monkeypatch.setattr(load_module, "_compute_guess", lambda *_: 0)
-    loaded = load_module.load(order)
+    loaded = load_module.load(order, no_node)
     loaded.stage.close()
     loaded.model.close()
     ready = loaded.ready
@@ -330,4 +334,4 @@ def test_metadata_too_long_to_be_read_are_a_sentence(smollm2_path: Path, monkeyp
 
     monkeypatch.setattr(load_module, "kv_shape", too_long)
     with pytest.raises(ConfigError, match=r"has 5000 bytes.* fetch it again"):
-        load_module.load(Load("m", str(smollm2_path), HASH, LIMIT_BYTES, 1, 0, 0, 2, plain=True))
+        load_module.load(Load("m", str(smollm2_path), HASH, LIMIT_BYTES, 1, 0, 0, 2, plain=True), no_node)

@@ -45,6 +45,7 @@ class Engine:
     gives: list[object] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)
     is_idle = False
+    is_waiting_for_stages = False
 
     def admit(self) -> Events:
         return Events([])

@@ -1,0 +1,174 @@
+"""The worker of a stage that is not the last: batches of rows in, hidden states out. Used by worker.py, whose process it lives in.
+
+Two threads: the reader puts what comes into the inbox, the main thread computes. Batches of several frames and jobs that wait together
+are computed in one call; those that only decode go before prompts, so that nobody who reads waits for somebody else's prompt, but never
+before a batch with rows of the same sequence. Copies and cuts keep their place between batches.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from protocol.errors import Code, ConfigError, Refused
+from runtimes.gguf import activations
+from runtimes.gguf.layers import Rows, Stage
+from runtimes.gguf.llama import Floats, Ints, LlamaError
+from runtimes.gguf.messages import Batch, BatchDone, BatchFailed, CopyCells, CutCells, Ready
+
+
+class StageLink(Protocol):
+    def send(self, *messages: object) -> None: ...
+
+    def receive(self) -> Any: ...
+
+
+class LoadedStage:
+    """A stage with what its worker has to know. ``rows_max``: of one call; ``vocabulary``: 0 where hidden states come in."""
+
+    def __init__(self, stage: Stage, ready: Ready, rows_max: int, vocabulary: int) -> None:
+        self.stage, self.ready, self.rows_max, self.vocabulary = stage, ready, rows_max, vocabulary
+
+    def __repr__(self) -> str:
+        return f"<LoadedStage {self.stage!r}>"
+
+    def values(self, batch: Batch) -> Ints | Floats:
+        """The input of a batch. Raises Refused(BAD_INPUT)."""
+        count = sum(span.count for span in batch.spans)
+        if not self.vocabulary:
+            hidden = activations.decode(batch.rows, self.stage.context.width, batch.activations)
+            if len(hidden) != count:
+                raise Refused(Code.BAD_INPUT, f"{len(hidden)} hidden states came for {count} rows")
+            return hidden
+        tokens = np.frombuffer(batch.rows, "<i4").astype(np.int32)
+        if len(tokens) != count or tokens.min(initial=0) < 0 or tokens.max(initial=0) >= self.vocabulary:
+            raise Refused(Code.BAD_INPUT, "tokens came that this model does not have")
+        return tokens
+
+
+def next_group(items: Sequence[Any], rows_max: int) -> list[int]:
+    """Which of the items that wait to take next, as indices: one copy or cut, or batches for one call, those that decode first.
+
+    Never past a copy or a cut, nor a batch before one of the same sequence; more rows than ``rows_max`` only as a single batch.
+    """
+    if not isinstance(items[0], Batch):
+        return [0]
+    ahead: set[int] = set()  # sequences of batches that are left out
+    decode: list[int] = []
+    prompts: list[int] = []
+    for index, item in enumerate(items):
+        if not isinstance(item, Batch):
+            break
+        if all(span.count == 1 for span in item.spans) and ahead.isdisjoint(span.sequence for span in item.spans):
+            decode.append(index)
+        else:
+            prompts.append(index)
+            ahead.update(span.sequence for span in item.spans)
+    chosen: list[int] = []
+    rows = 0
+    for index in (*decode, *prompts):
+        size = sum(span.count for span in items[index].spans)
+        if chosen and rows + size > rows_max:
+            break
+        chosen.append(index)
+        rows += size
+    return _once_each(items, chosen)
+
+
+def _once_each(items: Sequence[Any], chosen: list[int]) -> list[int]:
+    """Two batches with rows of one sequence go in two calls: within one, the order of rows is not ours."""
+    seen: set[int] = set()
+    kept = []
+    for index in chosen:
+        sequences = {span.sequence for span in items[index].spans}
+        if not seen.isdisjoint(sequences):
+            break
+        seen |= sequences
+        kept.append(index)
+    return kept
+
+
+class StageWorker:
+    """Reader and loop over one loaded stage."""
+
+    def __init__(self, link: StageLink, loaded: LoadedStage, on_error: Callable[[], None] | None = None) -> None:
+        self._link, self._loaded, self._on_error = link, loaded, on_error
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._items: list[Any] = []
+
+    def __repr__(self) -> str:
+        return f"<StageWorker {len(self._items)} items wait>"
+
+    def run(self) -> None:
+        """Says that it is ready and computes until the end of the process, which the end of the stream brings."""
+        self._link.send(self._loaded.ready)
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        while True:
+            self.turn()
+
+    def _read(self) -> None:
+        while True:
+            message = self._link.receive()
+            if not isinstance(message, Batch | CopyCells | CutCells):
+                raise ConfigError(f"the worker of a stage has no use for {type(message).__name__}")
+            self._inbox.put(message)
+
+    def turn(self) -> None:
+        """Takes what has come, waits where nothing has, and does what is next."""
+        while True:
+            try:
+                self._items.append(self._inbox.get(block=not self._items))
+            except queue.Empty:
+                break
+            if self._inbox.empty():
+                break
+        chosen = next_group(self._items, self._loaded.rows_max)
+        group = [self._items[index] for index in chosen]
+        for index in sorted(chosen, reverse=True):
+            del self._items[index]
+        first = group[0]
+        if isinstance(first, CopyCells):
+            self._loaded.stage.context.copy_prefix(first.source, first.target, first.length)
+        elif isinstance(first, CutCells):
+            self._loaded.stage.cut(first.sequence, first.length)
+        else:
+            self._compute(group)
+
+    def _compute(self, group: list[Batch]) -> None:
+        good: list[tuple[Batch, Ints | Floats]] = []
+        for batch in group:
+            try:
+                good.append((batch, self._loaded.values(batch)))
+            except Refused as refusal:
+                self._link.send(BatchFailed(batch.batch, refusal.code, refusal.message))
+        if not good:
+            return
+        started = time.perf_counter()
+        try:
+            hidden = self._loaded.stage.forward(_rows(good))
+            compute_us = int((time.perf_counter() - started) * 1e6)
+            answers: list[object] = []
+            at = 0
+            for batch, values in good:
+                end = at + len(values)
+                data = activations.encode(hidden[at:end], batch.activations)
+                answers.append(BatchDone(batch.batch, compute_us, len(good), data))
+                at = end
+        except (LlamaError, Refused) as error:
+            code = error.code if isinstance(error, Refused) else Code.NO_CAPACITY
+            self._link.send(*(BatchFailed(batch.batch, code, str(error)[:300]) for batch, _ in good))
+            return
+        self._link.send(*answers)
+
+
+def _rows(good: list[tuple[Batch, Ints | Floats]]) -> Rows:
+    spans = [span for batch, _ in good for span in batch.spans]
+    values = good[0][1] if len(good) == 1 else np.concatenate([values for _, values in good])
+    positions = np.concatenate([np.arange(span.position, span.end, dtype=np.int32) for span in spans])
+    sequences = np.repeat(np.array([span.sequence - 1 for span in spans], np.int32), [span.count for span in spans])
+    return Rows(values, positions, sequences, np.ones(len(positions), np.int8))

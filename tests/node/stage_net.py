@@ -1,0 +1,287 @@
+"""A ring of stages over real libp2p hosts in this process, with engines that only pretend: for tests and benchmarks of the protocol.
+
+A pretended stage takes a fixed time for each row and computes a row as a function of all rows of its sequence so far, so that a missing,
+repeated or stale one changes everything behind it. The driver is the real RouteDriver; who would be the engine is ``EchoDriver``.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import trio
+
+from node.bookkeeper import now_ms
+from node.jobs_served import island_hello
+from node.net.host import Host, open_host
+from node.pipeline_job import PipelineJob
+from node.route_driver import RouteDriver
+from node.stages_served import Neighbours, StageFacts, StageHost, StageServer
+from privacy.keys import NodeKey
+from protocol import limits
+from protocol.activations import Activations
+from protocol.errors import Code, Refused
+from protocol.prices import Ask
+from protocol.shards import LayerRange
+from protocol.stage_messages import STAGE, STAGE_PROTOCOL, Span, StageTime
+from protocol.tickets import TICKET_VERSION, Delegation, Ticket, TicketGuard, TicketStage, network_id_of, sign_ticket
+from runtimes.base import StageListener
+
+WIDTH = 16
+CELLS, SLOTS = 4096, 32
+NAME, CONTENT_HASH = "echo-pipeline", "ec" * 32
+NETWORK_KEY, COORDINATOR = NodeKey(b"\1" * 32), NodeKey(b"\2" * 32)
+NETWORK = network_id_of(NETWORK_KEY.public_key)
+BOOT = 1_795_000_000_000
+LISTEN = ("/ip4/127.0.0.1/tcp/0",)
+
+
+def row_of(stage: int, before: float, inputs: np.ndarray) -> tuple[float, np.ndarray]:
+    """The next state of a sequence in a stage, and the row that comes out."""
+    state = (before * 31.0 + float(inputs.sum()) * 7.0 + stage + 1.0) % 8191.0
+    return state, np.full(WIDTH, state, np.float32)
+
+
+def expected_rows(tokens: Sequence[int], stages: int) -> list[float]:
+    """What comes out of the last of so many stages, a number for each position."""
+    rows = [np.full(1, token, np.float32) for token in tokens]
+    for stage in range(stages):
+        state, out = 0.0, []
+        for row in rows:
+            state, made = row_of(stage, state, row)
+            out.append(made)
+        rows = out
+    return [float(row[0]) for row in rows]
+
+
+class EchoEngine:
+    """A pretended engine: ``row_s`` seconds a row. Implements runtimes.base.StageEngine; ``run`` must be running."""
+
+    def __init__(self, stage: int, is_first: bool, row_s: float = 0.0) -> None:
+        self.stage, self.is_first, self.row_s = stage, is_first, row_s
+        self.listener: StageListener | None = None
+        self._todo: deque[tuple[int, tuple[Span, ...], bytes]] = deque()
+        self._more = trio.Event()
+        self._states: dict[int, list[float]] = {}
+        self.rows = 0
+        self.bad_rows = 0  # so many of the next batches come out as NaN
+        self.is_stopped = False
+
+    def compute(self, batch: int, spans: tuple[Span, ...], kind: Activations, rows: bytes) -> None:
+        self._todo.append((batch, spans, rows))
+        self._more.set()
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        self._todo.append((-1, (Span(source + 1, 0, 1), Span(target + 1, length, 1)), b""))
+        self._more.set()
+
+    def cut(self, sequence: int, length: int) -> None:
+        self._todo.append((-2, (Span(sequence + 1, length, 1),), b""))
+        self._more.set()
+
+    async def run(self) -> None:
+        while True:
+            while self._todo:
+                await self._next()
+            self._more = trio.Event()
+            await self._more.wait()
+
+    async def _next(self) -> None:
+        batch, spans, data = self._todo.popleft()
+        if batch == -1:
+            self._states[spans[1].sequence] = self._states.get(spans[0].sequence, [])[: spans[1].position]
+            return
+        if batch == -2:
+            del self._states.setdefault(spans[0].sequence, [])[spans[0].position :]
+            return
+        count = sum(span.count for span in spans)
+        if self.row_s:
+            await trio.sleep(self.row_s * count)
+        while self.is_stopped:
+            await trio.sleep(0.01)
+        out = self._rows(spans, data)
+        self.rows += count
+        if self.bad_rows:
+            self.bad_rows -= 1
+            out[:] = np.nan
+        if self.listener is not None:
+            if not np.isfinite(self._values(data)).all():
+                self.listener.failed(batch, Code.BAD_INPUT, "hidden states came that are no finite numbers")
+            else:
+                self.listener.computed(batch, out.tobytes(), int(self.row_s * count * 1e6), 1)
+
+    def _values(self, data: bytes) -> np.ndarray:
+        return np.frombuffer(data, "<i4" if self.is_first else "<f4").astype(np.float32).reshape(-1, 1 if self.is_first else WIDTH)
+
+    def _rows(self, spans: tuple[Span, ...], data: bytes) -> np.ndarray:
+        values = self._values(data)
+        out = np.empty((len(values), WIDTH), np.float32)
+        at = 0
+        for span in spans:
+            states = self._states.setdefault(span.sequence, [])
+            assert len(states) == span.position, "rows come in order, and none twice"
+            for _ in range(span.count):
+                state, out[at] = row_of(self.stage, states[-1] if states else 0.0, values[at])
+                states.append(state)
+                at += 1
+        return out
+
+
+@dataclass(eq=False)
+class Island:
+    key: NodeKey
+    host: Host
+    guard: TicketGuard
+    neighbours: Neighbours
+    server: StageServer
+    nursery: trio.Nursery
+    engines: dict[LayerRange, EchoEngine] = field(default_factory=dict)
+    hosts: dict[LayerRange, StageHost] = field(default_factory=dict)
+
+    @property
+    def peer(self) -> str:
+        return self.key.peer_id
+
+    def hold(self, layers: LayerRange, row_s: float = 0.0) -> StageHost:
+        """A pretended stage of these layers; the layer it begins with is its number."""
+        engine = EchoEngine(layers.low, layers.low == 0, row_s)
+        host = StageHost(engine, StageFacts(NAME, "echo/1", WIDTH, SLOTS, CELLS, row_s), layers, self.guard, self.neighbours)
+        engine.listener = host
+        self.nursery.start_soon(engine.run)
+        self.server.hosts[CONTENT_HASH, layers] = host
+        self.engines[layers], self.hosts[layers] = engine, host
+        return host
+
+    async def die(self) -> None:
+        """As seen from outside: its port and its connections are gone."""
+        self.nursery.cancel_scope.cancel()
+
+
+class EchoDriver:
+    """In place of the last stage's engine: ``step`` sends rows and waits until they have come round."""
+
+    def __init__(self, island: Island, layers: LayerRange) -> None:
+        self.driver = RouteDriver(self, "echo/1", WIDTH, island.neighbours)
+        island.server.drivers[CONTENT_HASH, layers] = self.driver.serve_inbound
+        island.nursery.start_soon(self.driver.run)
+        self._island = island
+        self._steps = 0
+        self._waiting: dict[int, trio.Event] = {}
+        self._came: dict[int, np.ndarray] = {}
+        self._sequences = 0
+        self.broken: list[tuple[int, Code, str]] = []
+        self.failed: list[Refused] = []
+        self.on_broken = trio.Event()
+
+    def arrived(self, step: int, times: tuple[StageTime, ...], kind: Activations, rows: bytes) -> None:
+        self._came[step] = np.frombuffer(rows, "<f4").reshape(-1, WIDTH)
+        self._waiting[step].set()
+
+    def begin(self, number: int, ticket: bytes, declared: int = 512, keep: int = 0) -> int:
+        """A job and its sequence; returns the sequence."""
+
+        def broken(index: int, code: Code, message: str) -> None:
+            self.broken.append((index, code, message))
+            self.on_broken.set()
+
+        self.driver.job_began(number, PipelineJob(ticket, broken, self.failed.append))
+        self._sequences += 1
+        self.driver.open_sequence(self._sequences, number, declared, keep, 0, 0)
+        return self._sequences
+
+    async def step(self, *parts: tuple[int, int, Sequence[int]]) -> np.ndarray:
+        """Parts: sequence, position, token ids. Returns the rows that came round, (n, WIDTH)."""
+        self._steps += 1
+        step = self._steps
+        self._waiting[step] = trio.Event()
+        spans = tuple(Span(sequence, position, len(tokens)) for sequence, position, tokens in parts)
+        data = np.concatenate([np.array(tokens, "<i4") for _, _, tokens in parts]).tobytes()
+        self.driver.launch(step, spans, data)
+        await self._waiting[step].wait()
+        del self._waiting[step]
+        return self._came.pop(step)
+
+
+@dataclass(eq=False)
+class StageNet:
+    """Islands by number. ``proxies``: (from, to) -> address to dial in place of the Island's own."""
+
+    nursery: trio.Nursery
+    islands: list[Island] = field(default_factory=list)
+    proxies: dict[tuple[str, str], str] = field(default_factory=dict)
+    jobs: int = 0
+
+    async def island(self) -> Island:
+        key = NodeKey((100 + len(self.islands)).to_bytes(32, "big"))
+        ready = trio.Event()
+        made: list[Island] = []
+
+        async def live() -> None:
+            async with open_host(key.seed, LISTEN) as host, trio.open_nursery() as nursery:
+                guard = TicketGuard(key.peer_id, BOOT, NETWORK)
+                guard.trust(Delegation(NETWORK, COORDINATOR.peer_id, 2**52))
+
+                def hello() -> object:
+                    return island_hello(NETWORK, "test")
+
+                neighbours = Neighbours(host, hello, lambda peer: self._addresses(key.peer_id, peer))  # type: ignore[arg-type]
+                server = StageServer(guard, hello)  # type: ignore[arg-type]
+                host.set_handler(STAGE_PROTOCOL, STAGE, server.serve)
+                made.append(Island(key, host, guard, neighbours, server, nursery))
+                ready.set()
+                await trio.sleep_forever()
+
+        self.nursery.start_soon(live)
+        await ready.wait()
+        self.islands.append(made[0])
+        return made[0]
+
+    def _addresses(self, sender: str, peer: str) -> list[str]:
+        if (sender, peer) in self.proxies:
+            return [self.proxies[sender, peer]]
+        return next((island.host.addresses() for island in self.islands if island.peer == peer), [])
+
+    def ticket(self, route: Sequence[Island], job: str = "", layers: Sequence[LayerRange] = (), **changes: object) -> bytes:
+        """For a job over these Islands, one layer each unless said."""
+        self.jobs += 1
+        now = now_ms()
+        ranges = list(layers) or [LayerRange(n, n + 1) for n in range(len(route))]
+        fields: dict[str, object] = dict(
+            version=TICKET_VERSION,
+            network=NETWORK,
+            issuer=COORDINATOR.peer_id,
+            holder=COORDINATOR.peer_id,
+            job_id=job or f"job-{self.jobs}",
+            route=tuple(island.peer for island in route),
+            boots=(BOOT,) * len(route),
+            cargo=NAME,
+            content_hash=CONTENT_HASH,
+            token_limit=512,
+            price_limit_micros=1000,
+            cache_salt=bytes(32),
+            nonce=self.jobs.to_bytes(limits.NONCE_BYTES, "big"),
+            issued_at_ms=now,
+            expires_at_ms=now + 120_000,
+            stages=tuple(TicketStage(each, Ask(per_job=10)) for each in ranges),
+        )
+        return sign_ticket(Ticket(**{**fields, **changes}), COORDINATOR)  # type: ignore[arg-type]
+
+    async def ring(self, stages: int, row_s: float = 0.0) -> tuple[list[Island], EchoDriver]:
+        """Islands that hold one layer each; the last one drives."""
+        route = [await self.island() for _ in range(stages)]
+        for number, island in enumerate(route[:-1]):
+            island.hold(LayerRange(number, number + 1), row_s)
+        return route, EchoDriver(route[-1], LayerRange(stages - 1, stages))
+
+
+@asynccontextmanager
+async def open_stage_net() -> AsyncIterator[StageNet]:
+    async with trio.open_nursery() as nursery:
+        net = StageNet(nursery)
+        try:
+            yield net
+        finally:
+            nursery.cancel_scope.cancel()
