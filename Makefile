@@ -6,7 +6,7 @@ BIN := .venv/bin
 SETUP = $(PYTHON) .ci/environment.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test soak bench lint clean python
+.PHONY: help setup setup-test demo demo-pipeline test soak bench lint clean python
 
 help:  ## This list
 	@echo "Archipelag: home GPUs as one inference service. Begin with: make demo"
@@ -26,6 +26,9 @@ setup-test: python  ## The same, and what the tests and linters need
 
 demo: setup  ## A Coordinator and two Islands on this machine, and an answer from a real model
 	@$(BIN)/archipelag-node demo $(ARGS)
+
+demo-pipeline: setup  ## One model over several Islands, one of which is killed in the middle of an answer
+	@$(BIN)/archipelag-node demo --pipeline $(ARGS)
 
 test: setup-test  ## All tests, with reduced counts
 	@$(BIN)/python -m pytest $(ARGS)

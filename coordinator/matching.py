@@ -83,10 +83,12 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """UNKNOWN_CARGO: nobody offers it. NO_ISLAND: those who do are out of the question. NO_CAPACITY: they are full at the moment."""
+    """UNKNOWN_CARGO: nobody offers it. NO_ISLAND: those who do are out of the question. NO_CAPACITY: they are full at the moment, or,
+    where it ``is_lasting``, too small together for the model."""
 
     code: Code
     message: str
+    is_lasting: bool = False
 
 
 def choose(facts: Sequence[Candidate], wish: Wish, now_s: float, rng: random.Random) -> Choice | Refusal:

@@ -120,7 +120,7 @@ class Pipelines:
         if pipeline is None or not (pipeline.is_working or pipeline.is_ready):
             found = plan(manifest, self._sites(manifest), tokens, self._round_trips_s())
             if isinstance(found, NoPlan):
-                return Refusal(found.code, found.message)
+                return Refusal(found.code, found.message, is_lasting=True)
             pipeline = self._pipelines[name] = Pipeline(manifest)
             self._start(self._load, pipeline, tokens)
         loading = ", ".join(f"{item.what} {item.done}/{item.total}" for item in pipeline.progress.values() if item.total)
@@ -144,6 +144,8 @@ class Pipelines:
         pipeline = self._pipelines.get(candidate.offer.name)
         if broken is None or pipeline is None or pipeline.plan is None:
             raise Refused(Code.NO_ISLAND, "the pipeline was given up")
+        if not 0 <= index < len(broken.stages):
+            raise Refused(Code.INTERNAL, f"Island {candidate.island} names a stage {index} that its route does not have")
         engine = pipeline.engine
         if code is Code.NO_CAPACITY and not self._can_replace(pipeline, index):
             return candidate  # slow is better than nothing

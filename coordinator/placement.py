@@ -282,4 +282,4 @@ def _is_plain(wish: Wish) -> bool:
 
 
 def _is_full(refusal: Refusal | None) -> bool:
-    return refusal is None or refusal.code is Code.NO_CAPACITY
+    return refusal is None or (refusal.code is Code.NO_CAPACITY and not refusal.is_lasting)

@@ -213,7 +213,8 @@ class ShardHolder:
         except Refused as refusal:
             self.refused += 1
             log.info("an order is refused: %s", refusal.message)
-            await stream.send(HoldRefused(refusal.code, refusal.message[: limits.TEXT_CHARS_MAX]))
+            text = "".join(c if c.isprintable() else " " for c in refusal.message)
+            await stream.send(HoldRefused(refusal.code, text[: limits.TEXT_CHARS_MAX]))
 
     async def _drop(self, order: DropShard) -> None:
         held = self._held.get((order.content_hash, order.layers))
@@ -274,6 +275,7 @@ class ShardHolder:
             with held.scope:
                 async with AsyncExitStack() as stack:
                     await self._load(held, stack)
+                    _check_size(held)
                     held.loaded.set()
                     log.info("layers %s of %s are loaded", held.layers, held.manifest.name)
                     self._changed()
@@ -287,6 +289,9 @@ class ShardHolder:
         except (ArchipelagError, OSError) as error:
             log.warning("layers %s of %s cannot be held: %s", held.layers, held.manifest.name, error)
             held.error = error if isinstance(error, Refused) else Refused(Code.NO_CAPACITY, str(error)[: limits.TEXT_CHARS_MAX])
+        except Exception as error:  # a bug in one shard must not end what runs beside it; its text may hold a prompt
+            log.error("layers %s of %s broke: %s", held.layers, held.manifest.name, type(error).__name__, exc_info=True)
+            held.error = Refused(Code.INTERNAL, "the Island broke while it held the layers")
         finally:
             if not held.loaded.is_set() and held.error is None:
                 held.error = Refused(Code.DRAINING, "the shard was dropped while it was being loaded")
@@ -366,6 +371,16 @@ class ShardHolder:
         driver = held.driver = RouteDriver(cargo, cargo.ready.engine, cargo.ready.width, self._neighbours)
         cargo.ring = driver
         self._server.drivers[held.key] = driver.serve_inbound
+
+
+def _check_size(held: Held) -> None:
+    """Raises Refused where the shard takes more memory than the manifest made us count with."""
+    if held.is_whole:
+        return
+    facts = held.engine.ready
+    taken = facts.weights_bytes + facts.kv_bytes_per_token * facts.kv_tokens + facts.compute_bytes
+    if taken > held.bytes_needed:
+        raise Refused(Code.NO_CAPACITY, f"layers {held.layers} take {taken} bytes and the process; the manifest said {held.bytes_needed}")
 
 
 def _leave(context: Any, kind: Any, error: Any, trace: Any) -> None:

@@ -233,8 +233,13 @@ class RouteDriver:
         entry.mend(ticket)
         if self.state in (RouteState.BROKEN, RouteState.DOWN):
             self._reopen(entry)
-        elif self.state is RouteState.UP and entry.ticket.route == self.route:
+        elif self.state is RouteState.UP and self._is_for_this(entry.ticket):
             self._resume()
+
+    def _is_for_this(self, ticket: Ticket) -> bool:
+        """Whether a job's ticket is for the route as it is open now; an Island that came back is another run of it."""
+        ours = self._ticket
+        return ours is not None and (ticket.route, ticket.boots) == (ours.route, ours.boots)
 
     def number_of(self, job: PipelineJob) -> int:
         """The engine's number of a job; 0 where it has none any more."""
@@ -277,8 +282,7 @@ class RouteDriver:
             return
         self.counts.breaks += 1
         self.break_s = self._clock()
-        peer = self.route[index] if 0 <= index < len(self.route) else "?"
-        self.last_break = f"stage {index} ({peer}): {code}: {message}"
+        self.last_break = f"stage {index} ({self._name(index)}): {code}: {message}"
         log.warning("the route broke at %s", self.last_break)
         self._suspect = (index, code, message[: limits.TEXT_CHARS_MAX])
         self._close(RouteState.BROKEN if self._jobs or self._flights else RouteState.DOWN)
@@ -381,6 +385,9 @@ class RouteDriver:
             if epoch == self._epoch:
                 self._broke(0, Code.LINK_LOST, f"{error}")
 
+    def _name(self, index: int) -> str:
+        return self.route[index] if 0 <= index < len(self.route) else "no such stage"
+
     def _hear_fault(self, fault: StageFault) -> None:
         if not fault.sequence:
             self._broke(fault.index, fault.code, fault.message)
@@ -392,7 +399,7 @@ class RouteDriver:
         entry.is_dead = True
         self._complete_dead()
         if job is not None:
-            job.fail(Refused(fault.code, f"stage {fault.index} ({self.route[fault.index]}): {fault.message}"))
+            job.fail(Refused(fault.code, f"stage {fault.index} ({self._name(fault.index)}): {fault.message}"))
 
     # -- steps
 
@@ -406,7 +413,7 @@ class RouteDriver:
     def _say_open(self, number: int) -> None:
         entry = self._sequences[number]
         job = self._jobs.get(entry.job)
-        if self.state is not RouteState.UP or entry.is_open or entry.is_dead or job is None or job.ticket.route != self.route:
+        if self.state is not RouteState.UP or entry.is_open or entry.is_dead or job is None or not self._is_for_this(job.ticket):
             return
         entry.is_open = True
         self._say(SequenceOpen(number, entry.declared, entry.keep, entry.source, entry.shared, job.data))

@@ -114,7 +114,7 @@ class StageServer:
             serve = self._find(message, ticket)
         except Refused as refusal:
             log.info("stage %d for %s refused: %s", message.index, stream.remote_peer, refusal.message)
-            await stream.send(StageFault(message.index, 0, refusal.code, refusal.message))
+            await stream.send(fault_of(message.index, refusal.code, refusal.message))
             return
         await serve(stream, message, ticket)
 
@@ -198,7 +198,7 @@ class StageHost:
         try:
             session = await self._enter(message, ticket)
         except Refused as refusal:
-            await stream.send(StageFault(message.index, 0, refusal.code, refusal.message))
+            await stream.send(fault_of(message.index, refusal.code, refusal.message))
             return
         with trio.CancelScope() as scope:
             session.scope = scope
@@ -223,16 +223,22 @@ class StageHost:
             self._leave(session)
             session.machine.orphan()
             session.number = message.session
+            if session.activations is not ticket.activations:
+                self._do(session, session.machine.forget_orphans())  # what is kept travels in another encoding
+                session.machine = self._machine(message, ticket)
         else:
-            row_in = TOKEN_BYTES if message.index == 0 else ticket.activations.row_bytes(self.facts.width)
-            row_out = ticket.activations.row_bytes(self.facts.width)
-            session = self._session = _Session(message.session, StageMachine(row_in, row_out, self.facts.slots, self.facts.cells))
-            if not self._is_alive:
-                session.machine.engine_lost()
+            session = self._session = _Session(message.session, self._machine(message, ticket))
             self.sessions_total += 1
             self.changed()
         session.epoch, session.index, session.ticket = message.epoch, message.index, ticket
         return session
+
+    def _machine(self, message: StageOpen, ticket: Ticket) -> StageMachine:
+        row_in = TOKEN_BYTES if message.index == 0 else ticket.activations.row_bytes(self.facts.width)
+        machine = StageMachine(row_in, ticket.activations.row_bytes(self.facts.width), self.facts.slots, self.facts.cells)
+        if not self._is_alive:
+            machine.engine_lost()
+        return machine
 
     def _leave(self, session: _Session) -> None:
         self._returned.set()
@@ -242,9 +248,9 @@ class StageHost:
 
     async def _wait_return(self, session: _Session, epoch: int) -> None:
         """Without links: what was computed is kept for a driver that comes back, or another one that goes on with its jobs."""
-        with trio.move_on_after(limits.STAGE_ORPHAN_S):
+        with trio.move_on_after(limits.STAGE_ORPHAN_S) as patience:
             await self._returned.wait()
-        if self._session is session and session.epoch == epoch and session.up is None:
+        if patience.cancelled_caught and self._session is session and session.epoch == epoch and session.up is None:
             self._session = None
             session.machine.orphan()
             self._do(session, session.machine.forget_orphans())
@@ -257,7 +263,7 @@ class StageHost:
         try:
             down, engines = await self._open_next(ticket.route[following.index], following, stream)
         except Refused as refusal:
-            await stream.send(StageFault(following.index, 0, refusal.code, refusal.message[: limits.TEXT_CHARS_MAX]))
+            await stream.send(fault_of(following.index, refusal.code, refusal.message))
             return
         except _Passed as passed:
             await stream.send(passed.fault)
@@ -303,8 +309,7 @@ class StageHost:
                     await read()
                 except (LinkLost, RemoteProtocolError, Refused) as error:
                     code = Code.LINK_LOST if isinstance(error, LinkLost) else Code.BAD_INPUT
-                    text = "".join(c if c.isprintable() else " " for c in str(error))[: limits.TEXT_CHARS_MAX]
-                    await say.send((other, StageFault(index, 0, code, text)))
+                    await say.send((other, fault_of(index, code, str(error))))
 
             nursery.start_soon(watch, lambda: self._read_up(session, stream), before, down)
             nursery.start_soon(watch, lambda: self._read_down(session, down_stream), session.index + 1, up)
@@ -354,10 +359,10 @@ class StageHost:
             ticket = self._guard.use_stage(message.ticket, session.index, sender, use, now_ms())
             if session.ticket is None or (ticket.route, ticket.stages) != (session.ticket.route, session.ticket.stages):
                 raise Refused(Code.BAD_TICKET, "the job's ticket is for another route")
-            self._do(session, session.machine.open(message, ticket.job_id))
+            self._do(session, session.machine.open(message, f"{ticket.issuer}/{ticket.job_id}"))
         except Refused as refusal:
             session.machine.refuse(message.sequence)
-            self._tell(session.up, StageFault(session.index, message.sequence, refusal.code, refusal.message))
+            self._tell(session.up, fault_of(session.index, refusal.code, refusal.message, message.sequence))
 
     def _report(self, session: _Session, probe: int) -> StageReport:
         busy_us = _now_us() - self._began_us if self._began_us else 0
@@ -394,6 +399,7 @@ class StageHost:
         self.batches += 1
         self.shared_batches += together > 1
         session = self._session
+        self._began_us = 0
         if session is not None:
             self._do(session, session.machine.computed(batch, rows, compute_us, _now_us()))
             self._began_us = _now_us() if session.machine.computing else 0
@@ -405,7 +411,7 @@ class StageHost:
             return
         is_theirs = code is Code.BAD_INPUT
         index = session.index - 1 if is_theirs else session.index
-        fault = StageFault(index % len(session.ticket.route), 0, code if is_theirs else Code.INTERNAL, message)
+        fault = fault_of(index % len(session.ticket.route), code if is_theirs else Code.INTERNAL, message)
         self._tell(session.down, fault)
         self._tell(session.up, fault)
         self._do(session, session.machine.drop(batch))
@@ -417,7 +423,7 @@ class StageHost:
             log.warning("the engine of layers %s of %s ended; it is started anew", self._layers, self.facts.name)
             for number in session.machine.engine_lost():
                 text = f"the job ended the engine of layers {self._layers} twice"
-                self._tell(session.up, StageFault(session.index, number, Code.WORKER_DIED, text))
+                self._tell(session.up, fault_of(session.index, Code.WORKER_DIED, text, number))
         self.changed()
 
     def engine_back(self) -> None:
@@ -437,6 +443,12 @@ class _Passed(Exception):
     def __init__(self, fault: StageFault) -> None:
         super().__init__(fault.message)
         self.fault = fault
+
+
+def fault_of(index: int, code: Code, message: str, sequence: int = 0) -> StageFault:
+    """A fault whose text may stand on the wire, whatever library it comes from."""
+    text = "".join(c if c.isprintable() else " " for c in message)[: limits.TEXT_CHARS_MAX]
+    return StageFault(index, sequence, code, text)
 
 
 async def _ignore_loss(run: Callable[[], Awaitable[None]]) -> None:

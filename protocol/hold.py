@@ -74,7 +74,7 @@ class HoldRefused:
     message: str
 
     def __post_init__(self) -> None:
-        checks.at_most("message", self.message, limits.TEXT_CHARS_MAX)
+        checks.printable("message", self.message, limits.TEXT_CHARS_MAX)
 
 
 @HOLD.message(6)

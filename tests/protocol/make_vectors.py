@@ -303,6 +303,9 @@ def ticket_vectors() -> list[Vector]:
         data = tickets.sign_ticket(samples.ticket(**changes), signer)
         return case(name, (data, HOLDER.peer_id, NOW_MS, "bad_ticket"))
 
+    def pipeline(**changes: Any) -> bytes:
+        return tickets.sign_ticket(samples.pipeline_ticket(**changes), COORDINATOR)
+
     me = HOLDER.peer_id
     return [
         case("good", (good, me, NOW_MS, "ok")) | {"fields": plain(samples.ticket())},
@@ -321,6 +324,11 @@ def ticket_vectors() -> list[Vector]:
         refused("an earlier run", boots=(BOOT_MS - 1,)),
         refused("another network", network=tickets.network_id_of(OTHER.public_key)),
         refused("from the future", issued_at_ms=ahead_ms, expires_at_ms=ahead_ms + 1000),
+        case("a pipeline that this Island drives", (pipeline(), me, NOW_MS, "ok")),
+        case(
+            "a pipeline that another Island drives",
+            (pipeline(route=(FIRST.peer_id, ISLAND.peer_id, MIDDLE.peer_id), boots=(1, BOOT_MS, 2)), me, NOW_MS, "bad_ticket"),
+        ),
     ]
 
 
