@@ -89,6 +89,7 @@ class _Progress:
     served: bool = False  # whether it has brought anything
     tokens_before: int = 0  # what was delivered before this attempt
     mended: int = 0
+    unmended: bool = False  # whether this attempt ended since its route could not be mended
     full_rest_s: float = limits.NO_CAPACITY_REST_S
     full_since_s: float | None = None
     price_micros: int = 0
@@ -228,7 +229,7 @@ class Dispatcher:
         ticket = self._ticket(spec, progress, candidate)
         progress.attempts += 1
         progress.tokens_before = len(progress.tokens)
-        progress.opened = progress.served = False
+        progress.opened = progress.served = progress.unmended = False
         self.statistics.attempts += 1
         async with self._port.run_job(candidate.island, ticket, payload) as run:
             progress.opened = True
@@ -247,10 +248,15 @@ class Dispatcher:
         if self._pipelines is None:
             raise Refused(Code.INTERNAL, "an Island reports a broken route, and there are no pipelines")
         self.statistics.routes_broken += 1
-        mended = await self._pipelines.mend(candidate, broken.index, broken.code, broken.message)
+        try:
+            mended = await self._pipelines.mend(candidate, broken)
+        except Refused:
+            progress.unmended = True
+            raise
         run.mend(self._ticket(spec, progress, mended))
-        self.statistics.routes_mended += 1
-        progress.mended += 1
+        if mended.plan != candidate.plan:  # a slow stage may stay
+            self.statistics.routes_mended += 1
+            progress.mended += 1
         return mended
 
     async def _follow(
@@ -305,6 +311,8 @@ class Dispatcher:
         progress.last_refusal = refusal
         what = verdict(refusal.code, progress.workers_ended, progress.attempts)
         wish, island = progress.wish, candidate.island
+        if progress.unmended and refusal.code is not Code.LINK_LOST:
+            raise refusal  # it has been waited for
         if what is Verdict.FAIL:
             if progress.workers_ended >= limits.WORKERS_ENDED_PER_JOB_MAX:
                 text = f"the job ended {progress.workers_ended} workers and is not tried again; the last one said: "
@@ -312,6 +320,8 @@ class Dispatcher:
             raise refusal
         if what is Verdict.REST or (candidate.plan is not None and refusal.code in _PASSING):
             self._rest(progress, island)
+        elif progress.unmended:
+            pass  # it begins anew, and that is no fault of the driver's
         elif what is Verdict.LARGER:
             smallest = max(wish.context_over, candidate.offer.context_tokens)
             progress.wish = replace(wish, context_over=smallest)
@@ -319,6 +329,8 @@ class Dispatcher:
             # not the ad that it was chosen by: taking this very job has changed its room, and so made it send a newer one
             newest = max(candidate.sequence, self._placer.newest_sequence(island))
             progress.wish = replace(wish, excluded={**wish.excluded, island: newest})
+            if refusal.code is Code.LINK_LOST and self._pipelines is not None:
+                self._pipelines.driver_lost(candidate)
         if progress.tokens and not progress.wish.content_hash:
             offer = candidate.offer
             progress.wish = replace(progress.wish, content_hash=offer.content_hash, engine=progress.engines[-1])

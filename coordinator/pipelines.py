@@ -24,8 +24,9 @@ from coordinator.planning import replace as replace_stage
 from coordinator.ports import IslandPort
 from protocol import limits
 from protocol.ads import Ad, CargoOffer, ShardOffer
-from protocol.errors import Code, Refused
+from protocol.errors import ArchipelagError, Code, Refused
 from protocol.hold import HoldProgress, HoldShard
+from protocol.messages import RouteBroken
 from protocol.shards import ShardManifest
 
 log = logging.getLogger(__name__)
@@ -33,18 +34,18 @@ log = logging.getLogger(__name__)
 _PLANS_TRIED_MAX = 6
 _SUSPECT_S = 60.0  # an Island that broke a route is not planned with again for so long, unless it restarts
 _ORDER_LIFETIME_S = 60.0
+_SECOND_CHANCE_S = 3.0  # a suspect whom nobody can replace is tried again after so long
 
 
 @dataclass(eq=False)
 class Pipeline:
-    """``engines``: of the stages, by layer range; ``is_ready``: all stages are loaded and none is known to be lost."""
+    """``held``: what the ads of the stages' Islands say, by stage; ``is_ready``: all stages are loaded and none is known to be lost."""
 
     manifest: ShardManifest
     plan: Plan | None = None
     is_ready: bool = False
     is_working: bool = True  # a task loads or mends it
-    engines: dict[int, str] = field(default_factory=dict)  # by stage
-    slots: int = 1
+    held: dict[int, ShardOffer] = field(default_factory=dict)
     changed: trio.Event = field(default_factory=trio.Event)
     progress: dict[str, HoldProgress] = field(default_factory=dict)
     refusal: Refusal | None = None
@@ -61,8 +62,13 @@ class Pipeline:
     @property
     def engine(self) -> str:
         """One name where all stages compute alike, which decides about splicing."""
-        names = sorted(set(self.engines.values()))
+        names = sorted({offer.engine for offer in self.held.values()})
         return names[0] if len(names) == 1 else "mixed/" + "+".join(names)[: limits.NAME_CHARS_MAX - 6]
+
+    @property
+    def slots(self) -> int:
+        """Of the stage that takes the fewest jobs."""
+        return min((offer.slots for offer in self.held.values()), default=1)
 
     def tell(self) -> None:
         self.changed.set()
@@ -76,7 +82,8 @@ class Pipelines:
         self._manifests, self._port, self._clock = dict(manifests), port, clock
         self._pipelines: dict[str, Pipeline] = {}
         self._suspects: dict[tuple[str, int], float] = {}  # (Island, boot) -> trio time when it may be tried again
-        self._too_small: set[tuple[str, int, str]] = set()  # (Island, boot, model): said that the whole model does not fit
+        self._slow: set[tuple[str, int]] = set()  # those among them that only were slow
+        self._searched: dict[str, tuple[Any, Plan | NoPlan]] = {}  # model -> facts of its last search, and what was found
         self._nursery: trio.Nursery | None = None
         self.on_change: Callable[[], None] = lambda: None
         self.planned = self.mended = self.given_up = 0
@@ -92,9 +99,15 @@ class Pipelines:
     # -- for placement
 
     def names(self) -> list[str]:
-        """Models that are ready, or could be planned: some Island offers memory."""
-        offered = any(ad.memory_free_bytes and not ad.draining for ad in self._ads())
-        return [name for name in self._manifests if offered or self._ready(name) is not None]
+        """Models that are ready or on their way, or could be planned: some Island offers memory, or holds a part."""
+        ads = [ad for ad in self._ads() if not ad.draining]
+        offered = any(ad.memory_free_bytes for ad in ads)
+        held = {offer.content_hash for ad in ads for offer in ad.shards}
+        return [
+            name
+            for name, manifest in self._manifests.items()
+            if offered or manifest.model_sha256 in held or self._ready(name) is not None or self.is_working(name)
+        ]
 
     def is_working(self, name: str) -> bool:
         """Whether waiting for this model makes sense: it is being loaded or mended."""
@@ -118,7 +131,7 @@ class Pipelines:
             return None
         pipeline = self._pipelines.get(name)
         if pipeline is None or not (pipeline.is_working or pipeline.is_ready):
-            found = plan(manifest, self._sites(manifest), tokens, self._round_trips_s())
+            found = self._plan(manifest, tokens)
             if isinstance(found, NoPlan):
                 return Refusal(found.code, found.message, is_lasting=True)
             pipeline = self._pipelines[name] = Pipeline(manifest)
@@ -137,33 +150,44 @@ class Pipelines:
 
     # -- for running jobs
 
-    async def mend(self, candidate: Candidate, index: int, code: Code, message: str) -> Candidate:
-        """Another route for a job whose stage ``index`` has failed, with all other stages as they were. Raises Refused: the job has to
-        begin anew, or cannot be done now."""
-        broken = candidate.plan
+    async def mend(self, candidate: Candidate, report: RouteBroken) -> Candidate:
+        """Another route for a job of which a stage has failed, with all other stages as they were. Raises Refused: the job has to begin
+        anew, or cannot be done now."""
+        broken, index = candidate.plan, report.index
         pipeline = self._pipelines.get(candidate.offer.name)
         if broken is None or pipeline is None or pipeline.plan is None:
             raise Refused(Code.NO_ISLAND, "the pipeline was given up")
         if not 0 <= index < len(broken.stages):
             raise Refused(Code.INTERNAL, f"Island {candidate.island} names a stage {index} that its route does not have")
-        engine = pipeline.engine
-        if code is Code.NO_CAPACITY and not self._can_replace(pipeline, index):
-            return candidate  # slow is better than nothing
-        if pipeline.plan == broken and pipeline.is_ready:
-            self._suspect(pipeline, broken.stages[index].island, broken.stages[index].boot, code)
+        stage = broken.stages[index]
+        if pipeline.plan == broken and pipeline.is_ready and stage.boot == report.boot:  # or else somebody has reported it already
+            if report.code is Code.NO_CAPACITY and not self._can_replace(pipeline, index):
+                return candidate  # slow is better than nothing
+            self._suspect(pipeline, stage.island, stage.boot, report.code)
+        found: Candidate | None = None
         with trio.move_on_after(limits.MEND_WAIT_S):
-            while not pipeline.is_ready and self._pipelines.get(candidate.offer.name) is pipeline:
+            while self._pipelines.get(candidate.offer.name) is pipeline:
+                found = self.candidate(candidate.offer.name)
+                if found is not None:
+                    break
                 await pipeline.changed.wait()
-        found = self.candidate(candidate.offer.name) if pipeline.is_ready else None
         if found is None or found.plan is None:
-            refusal = pipeline.refusal or Refusal(Code.NO_ISLAND, f"stage {index} failed ({message}) and was not replaced in time")
+            refusal = pipeline.refusal or Refusal(Code.NO_ISLAND, f"stage {index} failed ({report.message}) and was not replaced in time")
             raise Refused(refusal.code, refusal.message)
-        if pipeline.engine != engine:
+        if found.offer.engine != candidate.offer.engine:
             raise Refused(Code.LINK_LOST, "the replacement computes with another engine: the rest of the answer begins anew")
         is_same = [stage.layers for stage in found.plan.stages] == [stage.layers for stage in broken.stages]
         if not is_same or found.island != candidate.island:
             raise Refused(Code.LINK_LOST, "the pipeline was planned anew")
         return found
+
+    def driver_lost(self, candidate: Candidate) -> None:
+        """The link to a job's driver was lost, which the book need not show yet: another Island takes its place, where one can."""
+        pipeline, lost = self._pipelines.get(candidate.offer.name), candidate.plan
+        if pipeline is None or lost is None or pipeline.plan != lost or not pipeline.is_ready:
+            return
+        if self._can_replace(pipeline, len(lost.stages) - 1):
+            self._suspect(pipeline, candidate.island, candidate.boot, Code.LINK_LOST)
 
     def _can_replace(self, pipeline: Pipeline, index: int) -> bool:
         old, sites = pipeline.plan, self._sites(pipeline.manifest)
@@ -173,12 +197,14 @@ class Pipelines:
 
     def _suspect(self, pipeline: Pipeline, island: str, boot: int, code: Code) -> None:
         self._suspects[island, boot] = trio.current_time() + _SUSPECT_S
+        if code is Code.NO_CAPACITY:
+            self._slow.add((island, boot))
         log.info("pipeline of %s: Island %s is suspected (%s)", pipeline.manifest.name, island, code)
         self._begin_mending(pipeline)
 
     def _begin_mending(self, pipeline: Pipeline) -> None:
         if pipeline.is_ready or not pipeline.is_working:
-            pipeline.is_ready, pipeline.is_working = False, True
+            pipeline.is_ready, pipeline.is_working, pipeline.refusal = False, True, None
             self._start(self._mend, pipeline)
 
     def _start(self, task: Callable[..., Any], *arguments: Any) -> None:
@@ -191,28 +217,30 @@ class Pipelines:
     async def _load(self, pipeline: Pipeline, tokens: int) -> None:
         try:
             for _ in range(_PLANS_TRIED_MAX):
-                found = plan(pipeline.manifest, self._sites(pipeline.manifest), tokens, self._round_trips_s())
+                found = self._plan(pipeline.manifest, tokens)
                 if isinstance(found, NoPlan):
                     pipeline.refusal = Refusal(found.code, found.message)
                     return
                 self.planned += 1
                 log.info("plan for %s: %s", pipeline.manifest.name, "; ".join(found.reasons))
                 pipeline.plan = found
+                pipeline.held.clear()
                 if await self._hold_all(pipeline, found):
                     if len(found.stages) > 1:
-                        pipeline.is_ready = True
+                        pipeline.plan, pipeline.is_ready = _asked(found, pipeline.held), True
                     return  # a whole model is offered by its Island's own ad
         finally:
             self._end_task(pipeline)
 
     async def _mend(self, pipeline: Pipeline) -> None:
+        before = pipeline.plan
         try:
             with trio.move_on_after(limits.MEND_WAIT_S):
                 while lost := self._lost_stages(pipeline):
                     await self._mend_stage(pipeline, lost[0])
                 pipeline.is_ready = True
-                pipeline.mended += 1
-                self.mended += 1
+                pipeline.mended += pipeline.plan != before
+                self.mended += pipeline.plan != before
         finally:
             self._end_task(pipeline)
 
@@ -236,13 +264,19 @@ class Pipelines:
         nameless = replace(old, stages=tuple(stages))
         found = replace_stage(pipeline.manifest, nameless, index, self._sites(pipeline.manifest), self._round_trips_s())
         if isinstance(found, NoPlan):
+            if (gone.island, gone.boot) in self._slow:  # slow is better than nothing
+                self._slow.discard((gone.island, gone.boot))
+                self._suspects.pop((gone.island, gone.boot), None)
+                return
             pipeline.refusal = Refusal(found.code, found.message)
-            with trio.move_on_after(1.0):
+            with trio.move_on_after(_SECOND_CHANCE_S):
                 await self._port.wait_book_changed()
+                return
+            self._suspects.pop((gone.island, gone.boot), None)  # if it is still there, it may have been the link alone
             return
         stage = found.stages[index]
         if await self._hold(pipeline, found, index):
-            pipeline.plan = found
+            pipeline.plan = _asked(found, pipeline.held)
             log.info("pipeline of %s: Island %s takes layers %s", pipeline.manifest.name, stage.island, stage.layers)
 
     async def _hold_all(self, pipeline: Pipeline, found: Plan) -> bool:
@@ -266,24 +300,37 @@ class Pipelines:
             pipeline.progress[stage.island] = progress
 
         try:
-            held = await self._port.hold_shard(stage.island, order, note)
+            with trio.fail_after(limits.SHARD_LOAD_S):
+                held = await self._port.hold_shard(stage.island, order, note)
             await self._wait_ad(stage.island, held.sequence)
-        except (Refused, trio.TooSlowError) as error:
-            log.warning("Island %s does not hold layers %s of %s: %s", stage.island, stage.layers, pipeline.manifest.name, error)
-            pipeline.refusal = Refusal(Code.NO_CAPACITY, f"layers {stage.layers} of {pipeline.manifest.name}: {error}")
+            self._check_held(pipeline, found, index)
+        except (ArchipelagError, trio.TooSlowError) as error:
+            why = str(error) or "it takes too long"
+            log.warning("Island %s does not hold layers %s of %s: %s", stage.island, stage.layers, pipeline.manifest.name, why)
+            pipeline.refusal = Refusal(Code.NO_CAPACITY, f"layers {stage.layers} of {pipeline.manifest.name}: {why}")
             self._suspects[stage.island, stage.boot] = trio.current_time() + _SUSPECT_S
             return False
         finally:
             pipeline.progress.pop(stage.island, None)
-        offer = self._shard_offer(stage.island, pipeline, index, found)
-        if offer is not None:
-            expected = pipeline.manifest.shard_hash(stage.layers)
-            if expected and offer.shard_hash != expected:
-                log.warning("Island %s holds another file than layers %s of %s", stage.island, stage.layers, pipeline.manifest.name)
-                self._suspects[stage.island, stage.boot] = trio.current_time() + _SUSPECT_S
-                return False
-            pipeline.engines[index], pipeline.slots = offer.engine, offer.slots
         return True
+
+    def _check_held(self, pipeline: Pipeline, found: Plan, index: int) -> None:
+        """Whether the Island's ad shows what it says that it holds. Raises Refused."""
+        stage, manifest = found.stages[index], pipeline.manifest
+        entry = self._port.book().entries.get(stage.island)
+        if entry is None or entry.ad.boot != stage.boot:
+            raise Refused(Code.LINK_LOST, "the Island has left or restarted")
+        if len(found.stages) == 1:
+            whole = entry.ad.offer(manifest.name)
+            if whole is None or whole.content_hash != manifest.model_sha256:
+                raise Refused(Code.UNKNOWN_CARGO, "its ad does not show the model")
+            return
+        offer = self._shard_offer(stage.island, pipeline, index, found)
+        if offer is None:
+            raise Refused(Code.UNKNOWN_CARGO, "its ad does not show them")
+        if offer.shard_hash != (manifest.shard_hash(stage.layers) or offer.shard_hash):
+            raise Refused(Code.UNKNOWN_CARGO, "it holds another file")
+        pipeline.held[index] = offer
 
     async def _wait_ad(self, island: str, sequence: int) -> None:
         """Raises TooSlowError when the ad that names the shard does not come."""
@@ -323,6 +370,17 @@ class Pipelines:
     def _is_suspected(self, island: str, boot: int) -> bool:
         return self._suspects.get((island, boot), 0.0) > trio.current_time()
 
+    def _plan(self, manifest: ShardManifest, tokens: int) -> Plan | NoPlan:
+        """A plan is a search, so the same facts are searched once. ``tokens`` is a guess of the length: a plan has to hold the whole
+        context at most, and the Island counts."""
+        tokens = min(tokens, manifest.context_tokens)
+        sites, round_trips_s = self._sites(manifest), self._round_trips_s()
+        facts = (tokens, sites, round_trips_s)
+        known = self._searched.get(manifest.name)
+        if known is None or known[0] != facts:
+            known = self._searched[manifest.name] = (facts, plan(manifest, sites, tokens, round_trips_s))
+        return known[1]
+
     def _round_trips_s(self) -> dict[tuple[str, str], float]:
         return {(ad.peer, path.peer): path.round_trip_us / 1e6 for ad in self._ads() for path in ad.paths}
 
@@ -330,6 +388,7 @@ class Pipelines:
         sites = []
         now_s = trio.current_time()
         self._suspects = {key: until for key, until in self._suspects.items() if until > now_s}
+        self._slow &= self._suspects.keys()
         for ad in self._ads():
             if self._is_suspected(ad.peer, ad.boot):
                 continue
@@ -361,6 +420,12 @@ class Pipelines:
             }
             for pipeline in self._pipelines.values()
         ]
+
+
+def _asked(found: Plan, held: Mapping[int, ShardOffer]) -> Plan:
+    """With what the Islands ask for this very model, which their ads say as soon as they hold it."""
+    stages = (replace(stage, ask=held[index].ask) if index in held else stage for index, stage in enumerate(found.stages))
+    return replace(found, stages=tuple(stages))
 
 
 def _site(ad: Ad, offers: list[ShardOffer]) -> Site:

@@ -34,7 +34,6 @@ from protocol.prices import Ask
 from protocol.shards import LayerRange, ShardManifest
 
 CELLS_WANTED = 4096
-PROCESS_BYTES_DEFAULT = 80 * 2**20  # a worker process before it loads anything, where the Island has not measured it
 DELAY_UNKNOWN_S = 0.025  # one way: two homes in neighbouring countries
 HELD_PER_ISLAND_MAX = 8  # shards of one model on one Island that are looked at
 TYPICAL_TOKENS, TYPICAL_MS = 1000, 60_000  # the job for which asks are compared
@@ -224,7 +223,7 @@ def _overheads(manifest: ShardManifest, site: Site, layers: LayerRange) -> tuple
     kind = _kind(manifest, layers)
     own = (held.compute_bytes for held in site.held if _kind(manifest, held.layers) == kind)
     compute_bytes = max(own, default=0) or manifest.measured_compute_bytes(layers)
-    return compute_bytes, site.process_bytes or PROCESS_BYTES_DEFAULT
+    return compute_bytes, site.process_bytes or manifest.process_bytes(layers)
 
 
 def _layer_s(manifest: ShardManifest, sites: Sequence[Site]) -> dict[str, float]:
@@ -401,7 +400,7 @@ def _no_replacement(manifest: ShardManifest, old: Plan, lost: int, able: Sequenc
         text = f"no capacity: no Island that holds layers {layers} of {manifest.name} has {old.cells} cells free"
         return NoPlan(Code.NO_CAPACITY, text)
     default = predicted_bytes(
-        manifest, layers, old.cells, manifest.measured_compute_bytes(layers), PROCESS_BYTES_DEFAULT
+        manifest, layers, old.cells, manifest.measured_compute_bytes(layers), manifest.process_bytes(layers)
     )
     needed = min(
         (predicted_bytes(manifest, layers, old.cells, *_overheads(manifest, site, layers)) for site in able),

@@ -63,6 +63,8 @@ class Held:
     what: tuple[str, int, int] = ("waiting", 0, 0)
     error: Refused | None = None
     shard_hash: str = ""
+    obtain_s: float = 0.0  # to find, fetch or cut the file
+    load_s: float = 0.0  # to start the process and load it
     host: StageHost | None = None
     driver: RouteDriver | None = None
     cargo: Any = None
@@ -177,6 +179,8 @@ class ShardHolder:
                     "compute_bytes": facts.compute_bytes,
                     "process_bytes": facts.process_bytes,
                     "restarts": held.engine.restarts,
+                    "obtain_s": round(held.obtain_s, 3),
+                    "load_s": round(held.load_s, 3),
                 }
             if held.host is not None:
                 entry["stage"] = held.host.status()
@@ -310,6 +314,7 @@ class ShardHolder:
         def progress(what: str, done: int, total: int | None) -> None:
             held.what = ("".join(c if c.isprintable() else " " for c in what), done, total or 0)
 
+        started_s = trio.current_time()
         context = store.obtain(held.manifest, held.layers, progress, cancelled.is_set)
         try:
             file = await trio.to_thread.run_sync(context.__enter__, abandon_on_cancel=True)
@@ -318,10 +323,13 @@ class ShardHolder:
         stack.push(partial(_leave, context))
         held.shard_hash = file.sha256
         held.what = ("loading", 0, 0)
+        obtained_s = trio.current_time()
+        held.obtain_s = obtained_s - started_s
         if held.is_whole:
             await self._open_whole(held, file.path, stack)
         else:
             await self._open_stage(held, file.path, stack)
+        held.load_s = trio.current_time() - obtained_s
 
     async def _open_whole(self, held: Held, path: Path, stack: AsyncExitStack) -> None:
         from runtimes.gguf.cargo import open_gguf_cargo

@@ -280,11 +280,11 @@ class _Session:
                 else:
                     self._finish(message, ticket, terms, event, started_s)
 
-    def _say_broken(self, job: int, index: int, code: Code, text: str) -> None:
+    def _say_broken(self, job: int, index: int, boot: int, code: Code, text: str) -> None:
         if self._streams.state(job) is JobState.ENDED:
             return
         try:
-            self._say(RouteBroken(job, index, code, "".join(c if c.isprintable() else " " for c in text)))
+            self._say(RouteBroken(job, index, boot, code, "".join(c if c.isprintable() else " " for c in text)))
         except LinkLost as lost:
             log.debug("job %d: %s", job, lost)
 

@@ -12,10 +12,11 @@ from protocol.tickets import peek_ticket
 
 
 class PipelineJob:
-    """One job on a route; the JobRoute that the engine is given. ``broken(index, code, message)`` tells its holder, ``fail`` ends it."""
+    """One job on a route; the JobRoute that the engine is given. ``broken(index, boot, code, message)`` tells its holder, ``fail`` ends
+    it."""
 
     def __init__(
-        self, ticket: bytes, broken: Callable[[int, Code, str], None], fail: Callable[[Refused], None]
+        self, ticket: bytes, broken: Callable[[int, int, Code, str], None], fail: Callable[[Refused], None]
     ) -> None:
         self.data, self.ticket = ticket, peek_ticket(ticket)
         self.broken, self.fail = broken, fail

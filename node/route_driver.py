@@ -28,6 +28,7 @@ from node.stages_served import Neighbours, _ignore_loss, _now_us
 from protocol import limits
 from protocol.activations import TOKEN_BYTES, Activations
 from protocol.errors import Code, LinkLost, Refused, RemoteProtocolError
+from protocol.kept_rows import KeptRows, fill_frames
 from protocol.stage_messages import (
     SESSION_BYTES,
     STAGE,
@@ -43,7 +44,6 @@ from protocol.stage_messages import (
     StageRows,
     StageTime,
 )
-from protocol.stages import KeptRows, fill_frames
 from protocol.tickets import Ticket
 from runtimes.base import JobRoute
 
@@ -119,14 +119,17 @@ class RouteDriver:
         self._sequences: dict[int, _Sequence] = {}
         self._flights: dict[int, _Flight] = {}
         self._arrived: dict[int, _Flight] = {}
+        self._complained: set[int] = set()  # jobs whose holders have been told, and have not answered
+        self._ended: list[int] = []  # sequences whose end has not been said
         self._out: Outbox | None = None
         self._inbound: trio.Event = trio.Event()
         self._inbound_stream: FrameStream | None = None
+        self._inbound_scope: trio.CancelScope | None = None
         self._scope: trio.CancelScope | None = None
         self._wake = trio.Event()
         self._lap_s = 0.0
         self._health = RouteHealth()
-        self._suspect: tuple[int, Code, str] = (0, Code.LINK_LOST, "")
+        self._suspect: tuple[int, int, Code, str] = (0, 1, Code.LINK_LOST, "")  # index, boot, what and why
         self.engines: tuple[str, ...] = ()
         self.state = RouteState.DOWN
         self.counts = DriverCounts()
@@ -146,7 +149,7 @@ class RouteDriver:
 
     def check(self, ticket: Ticket) -> None:
         """Raises Refused(NO_CAPACITY) while jobs of another route are running here: one engine drives one ring."""
-        if self._jobs and self.state is not RouteState.BROKEN and ticket.route != self.route:
+        if self._jobs and self.state is not RouteState.BROKEN and not self._is_for_this(ticket):
             raise Refused(Code.NO_CAPACITY, "this Island drives another route at the moment")
 
     def status(self) -> dict[str, Any]:
@@ -159,7 +162,7 @@ class RouteDriver:
             "lap_ms": round(self._lap_s * 1e3, 3),
             "compute_ms": laps,
             "last_break": self.last_break,
-            "last_mend_s": round(self.mended_s - self.break_s, 3) if self.mended_s > self.break_s else None,
+            "last_mend_s": round(self.mended_s - self.break_s, 3) if self.counts.breaks and self.mended_s > self.break_s else None,
             "counts": counts,
         }
 
@@ -169,17 +172,19 @@ class RouteDriver:
         if not isinstance(route, PipelineJob):
             raise TypeError("a pipeline's job needs its ticket")
         self._jobs[job] = route
-        if self.state is RouteState.DOWN or (self.state is RouteState.BROKEN and route.ticket.route != self.route):
+        if self.state is RouteState.DOWN or not self._is_for_this(route.ticket):
             self._reopen(route)
         elif self.state is RouteState.BROKEN:
-            route.broken(*self._suspect)
+            self._complain(job)
 
     def job_over(self, job: int) -> None:
         self._jobs.pop(job, None)
+        self._complained.discard(job)
         for entry in self._sequences.values():
-            if entry.job == job and any(self._holds(flight, entry) for flight in self._flights.values()):
+            is_held = any(self._holds(flight, entry) for flight in self._flights.values())
+            if entry.job == job and (is_held or not entry.is_open):  # nobody will open it for steps that the engine may yet launch
                 entry.is_dead = True
-        self._complete_dead()
+        self._go_on_without()
         if not self._jobs and self.state is RouteState.BROKEN and not self._flights:
             self.state = RouteState.DOWN
 
@@ -193,9 +198,22 @@ class RouteDriver:
         self._say_open(sequence)
 
     def end_sequences(self, sequences: tuple[int, ...]) -> None:
-        said = tuple(n for n in sequences if (entry := self._sequences.pop(n, None)) is not None and entry.is_open)
-        if said and self.state is RouteState.UP:
-            self._say(SequenceEnd(said))
+        self._ended += [number for number in sequences if self._sequences.pop(number, None) is not None]
+        self._say_ended()
+        self._go_on_without()
+
+    def _go_on_without(self) -> None:
+        """Somebody has left: steps that waited for the opening of his sequences wait no longer."""
+        if self.state is RouteState.UP:
+            self._resume()
+        else:
+            self._complete_dead()
+
+    def _say_ended(self) -> None:
+        """What has ended while the route was not open is said when it is again: survivors may still hold it."""
+        if self.state is RouteState.UP and self._ended:
+            self._say(SequenceEnd(tuple(self._ended[-limits.ARRAY_ENTRIES_MAX :])))
+            self._ended.clear()
 
     def launch(self, step: int, spans: tuple[Span, ...], rows: bytes) -> None:
         at = 0
@@ -205,6 +223,8 @@ class RouteDriver:
             at = end
         flight = self._flights[step] = _Flight(step, spans, rows)
         self._send(flight)
+        if not flight.sent_us:
+            self._complete_dead()
 
     def refused(self, step: int, code: Code, message: str) -> None:
         self.counts.refused += 1
@@ -217,9 +237,11 @@ class RouteDriver:
     def engine_lost(self) -> None:
         """Its jobs have failed; what the stages hold of them is for whoever goes on with them."""
         self._jobs.clear()
+        self._complained.clear()
         self._sequences.clear()
         self._flights.clear()
         self._arrived.clear()
+        self._ended.clear()
         self._session, self._epoch = secrets.token_bytes(SESSION_BYTES), 0
         self._close(RouteState.DOWN)
 
@@ -231,7 +253,8 @@ class RouteDriver:
         if entry is None:
             return
         entry.mend(ticket)
-        if self.state in (RouteState.BROKEN, RouteState.DOWN):
+        self._complained.discard(job)
+        if self.state in (RouteState.BROKEN, RouteState.DOWN) or not self._is_for_this(entry.ticket):
             self._reopen(entry)
         elif self.state is RouteState.UP and self._is_for_this(entry.ticket):
             self._resume()
@@ -264,6 +287,9 @@ class RouteDriver:
         self._inbound = trio.Event()
         self._inbound_stream = None
         self._close(RouteState.OPENING)
+        for number, other in list(self._jobs.items()):
+            if not self._is_for_this(other.ticket):
+                self._complain(number)  # its holder may not know yet that the route is another one
 
     def _close(self, state: RouteState) -> None:
         self.state = state
@@ -272,8 +298,9 @@ class RouteDriver:
             entry.is_open = False
         for flight in self._flights.values():
             flight.sent_us = 0
-        if self._scope is not None:
-            self._scope.cancel()
+        for scope in (self._scope, self._inbound_scope):
+            if scope is not None:
+                scope.cancel()
         self._wake.set()
 
     def _broke(self, index: int, code: Code, message: str) -> None:
@@ -284,10 +311,11 @@ class RouteDriver:
         self.break_s = self._clock()
         self.last_break = f"stage {index} ({self._name(index)}): {code}: {message}"
         log.warning("the route broke at %s", self.last_break)
-        self._suspect = (index, code, message[: limits.TEXT_CHARS_MAX])
+        self._suspect = (index, self._boot(index), code, message[: limits.TEXT_CHARS_MAX])
         self._close(RouteState.BROKEN if self._jobs or self._flights else RouteState.DOWN)
-        for job in list(self._jobs.values()):
-            job.broken(*self._suspect)
+        self._complained.clear()
+        for number in list(self._jobs):
+            self._complain(number)
         self._complete_dead()
 
     async def _live(self) -> None:
@@ -336,17 +364,17 @@ class RouteDriver:
         epoch = self._epoch
         self._inbound.set()
         before = len(ticket.route) - 2
-        try:
-            while True:
-                self._take(await stream.receive(), before)
-        except (LinkLost, RemoteProtocolError) as error:
-            if epoch == self._epoch:
+        with trio.CancelScope() as self._inbound_scope:  # of this opening only
+            try:
+                while True:
+                    self._take(await stream.receive(), before)
+            except (LinkLost, RemoteProtocolError) as error:
                 code = Code.LINK_LOST if isinstance(error, LinkLost) else Code.BAD_INPUT
                 await self._let_others_speak(epoch)
-                if epoch == self._epoch:
+                if (message.session, message.epoch) == (self._session, self._epoch):
                     self._broke(before, code, f"{error}")
-        finally:
-            stream.abort()
+            finally:
+                stream.abort()
 
     async def _let_others_speak(self, epoch: int) -> None:
         """The first to notice a death is the neighbour of the dead; its word may come a moment after the links that it closed."""
@@ -359,7 +387,7 @@ class RouteDriver:
             if not message.fill:
                 self._arrive(message)
         elif isinstance(message, StageFault):
-            self._hear_fault(message)
+            self._hear_fault(message, 0)
         elif isinstance(message, SequenceOpen | SequenceEnd | StageProbe):
             pass  # they have been round; the driver said them
         else:
@@ -378,19 +406,33 @@ class RouteDriver:
                 elif isinstance(message, StageReport):
                     self._health.hear(message)
                 elif isinstance(message, StageFault):
-                    self._hear_fault(message)
+                    self._hear_fault(message, len(self.route) - 2)
                 else:
                     raise RemoteProtocolError(f"{type(message).__name__} does not come back from a stage")
         except (LinkLost, RemoteProtocolError) as error:
             if epoch == self._epoch:
                 self._broke(0, Code.LINK_LOST, f"{error}")
 
+    def _complain(self, number: int) -> None:
+        """Tells a job's holder, once, that the job needs another route."""
+        if number not in self._complained:
+            self._complained.add(number)
+            self._jobs[number].broken(*self._suspect)
+
+    def _boot(self, index: int) -> int:
+        boots = self._ticket.boots if self._ticket is not None else ()
+        return boots[index] if 0 <= index < len(boots) else 1
+
     def _name(self, index: int) -> str:
         return self.route[index] if 0 <= index < len(self.route) else "no such stage"
 
-    def _hear_fault(self, fault: StageFault) -> None:
+    def _hear_fault(self, fault: StageFault, beside: int) -> None:
+        """``beside``: the stage that would have lost this driver, which lives."""
+        if fault.index >= len(self.route):
+            raise RemoteProtocolError(f"a fault of stage {fault.index}, which the route does not have")
         if not fault.sequence:
-            self._broke(fault.index, fault.code, fault.message)
+            is_link = fault.index == len(self.route) - 1 and fault.code is Code.LINK_LOST
+            self._broke(beside if is_link else fault.index, fault.code, fault.message)
             return
         entry = self._sequences.get(fault.sequence)
         job = self._jobs.get(entry.job) if entry is not None else None
@@ -420,6 +462,7 @@ class RouteDriver:
 
     def _resume(self) -> None:
         """Says everything that the stages may not know."""
+        self._say_ended()
         for number in sorted(self._sequences):
             self._say_open(number)
         for step in sorted(self._flights):
@@ -467,8 +510,7 @@ class RouteDriver:
         lap_us = _now_us() - flight.sent_us
         rows = message.rows
         if message.spans != flight.spans:
-            if any(span not in message.spans and not self._is_dead(span) for span in flight.spans):
-                raise RemoteProtocolError(f"step {message.step} came round without rows of a job that goes on")
+            self._give_up(span for span in flight.spans if span not in message.spans)
             rows = _parts(_Flight(0, message.spans, b""), flight.spans, row_bytes, message.rows)
         del self._flights[message.step]
         self._arrived[message.step] = flight
@@ -477,6 +519,15 @@ class RouteDriver:
         self.counts.steps_arrived += 1
         self._note(flight, message.times, lap_us)
         self._engine.arrived(message.step, message.times, self._activations, rows)
+
+    def _give_up(self, missing: Iterable[Span]) -> None:
+        """Rows that a stage has left out are of jobs that it refused; its word about that takes the other way round and may come later."""
+        for span in missing:
+            entry = self._sequences.get(span.sequence)
+            if entry is not None and not entry.is_dead:
+                entry.is_dead = True
+                if (job := self._jobs.get(entry.job)) is not None:
+                    job.fail(Refused(Code.NO_CAPACITY, "a stage of the route has refused the job"))
 
     @property
     def _activations(self) -> Activations:

@@ -75,12 +75,15 @@ class Neighbours:
                 if not self._host.is_connected(peer):
                     self._host.remember(peer, self._addresses(peer))
                 stream = await self._host.open(peer, STAGE_PROTOCOL, STAGE)
-                await stream.send(self._hello())
-                answer = await stream.receive()
-                if not isinstance(answer, Hello) or answer.version != PROTOCOL_VERSION:
+                try:
+                    await stream.send(self._hello())
+                    answer = await stream.receive()
+                    if not isinstance(answer, Hello) or answer.version != PROTOCOL_VERSION:
+                        raise Refused(Code.LINK_LOST, f"Island {peer} does not speak {STAGE_PROTOCOL}")
+                    await stream.send(message)
+                except BaseException:
                     stream.abort()
-                    raise Refused(Code.LINK_LOST, f"Island {peer} does not speak {STAGE_PROTOCOL}")
-                await stream.send(message)
+                    raise
         except Refused:
             raise
         except (ArchipelagError, OSError, trio.TooSlowError) as error:
@@ -137,6 +140,7 @@ class _Session:
 
     number: bytes
     machine: StageMachine
+    batches_before: int = 0  # what the engine was given before this machine; it may still answer
     epoch: int = 0
     index: int = 0
     ticket: Ticket | None = None
@@ -161,6 +165,7 @@ class StageHost:
         self._is_alive = alive
         self._returned = trio.Event()
         self._began_us = 0
+        self._batches_given = 0
         self.batches = 0
         self.shared_batches = 0  # of those, computed together with another one
         self.sessions_total = 0
@@ -218,16 +223,16 @@ class StageHost:
                 raise Refused(Code.BAD_TICKET, f"opening {message.epoch} comes after opening {session.epoch}")
             self._leave(session)
         elif session is not None:
-            if session.up is not None and session.down is not None:
+            if session.up is not None and not _supersedes(ticket, session.ticket):
                 raise Refused(Code.NO_CAPACITY, f"another pipeline uses layers {self._layers} of {ticket.cargo} here")
             self._leave(session)
             session.machine.orphan()
             session.number = message.session
             if session.activations is not ticket.activations:
                 self._do(session, session.machine.forget_orphans())  # what is kept travels in another encoding
-                session.machine = self._machine(message, ticket)
+                session.machine, session.batches_before = self._machine(message, ticket), self._batches_given
         else:
-            session = self._session = _Session(message.session, self._machine(message, ticket))
+            session = self._session = _Session(message.session, self._machine(message, ticket), self._batches_given)
             self.sessions_total += 1
             self.changed()
         session.epoch, session.index, session.ticket = message.epoch, message.index, ticket
@@ -260,8 +265,10 @@ class StageHost:
         ticket = session.ticket
         assert ticket is not None, "the session was entered with one"
         following = StageOpen(message.session, message.epoch, message.index + 1, message.ticket)
+        stages = len(ticket.route)
+        patience_s = limits.ROUTE_OPEN_S * (stages - following.index) / stages  # who waits for a silent one tells before others give up
         try:
-            down, engines = await self._open_next(ticket.route[following.index], following, stream)
+            down, engines = await self._open_next(ticket.route[following.index], following, patience_s)
         except Refused as refusal:
             await stream.send(fault_of(following.index, refusal.code, refusal.message))
             return
@@ -274,23 +281,24 @@ class StageHost:
         finally:
             down.abort()
 
-    async def _open_next(self, peer: str, message: StageOpen, stream: FrameStream) -> tuple[FrameStream, tuple[str, ...]]:
+    async def _open_next(self, peer: str, message: StageOpen, patience_s: float) -> tuple[FrameStream, tuple[str, ...]]:
         """The stream to the next stage, once that and all behind it are open. Raises Refused, _Passed with what they said."""
-        down = await self._neighbours.open(peer, message)
-        try:
-            with trio.fail_after(limits.ROUTE_OPEN_S):
+        with trio.move_on_after(patience_s):
+            down = await self._neighbours.open(peer, message)
+            try:
                 answer = await down.receive()
-            if isinstance(answer, StageFault):
-                raise _Passed(answer)
-            if not isinstance(answer, StageOpened):
-                raise Refused(Code.LINK_LOST, f"Island {peer} answered an opening with {type(answer).__name__}")
-        except (LinkLost, RemoteProtocolError, trio.TooSlowError) as error:
-            down.abort()
-            raise Refused(Code.LINK_LOST, f"Island {peer} did not open its stage: {error or 'time-out'}") from error
-        except BaseException:
-            down.abort()
-            raise
-        return down, answer.engines
+                if isinstance(answer, StageFault):
+                    raise _Passed(answer)
+                if not isinstance(answer, StageOpened):
+                    raise Refused(Code.LINK_LOST, f"Island {peer} answered an opening with {type(answer).__name__}")
+                return down, answer.engines
+            except (LinkLost, RemoteProtocolError) as error:
+                down.abort()
+                raise Refused(Code.LINK_LOST, f"Island {peer} did not open its stage: {error}") from error
+            except BaseException:
+                down.abort()
+                raise
+        raise Refused(Code.LINK_LOST, f"Island {peer} did not open its stage within {patience_s:g} s")
 
     async def _run_links(self, session: _Session, stream: FrameStream, down_stream: FrameStream) -> None:
         up, down = session.up, session.down = Outbox(stream, STAGE), Outbox(down_stream, STAGE)
@@ -299,8 +307,8 @@ class StageHost:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_ignore_loss, up.run)
             nursery.start_soon(_ignore_loss, down.run)
-            self._do(session, session.machine.upstream_changed())
             session.machine.downstream_changed()
+            self._do(session, session.machine.upstream_changed())
             faults: trio.MemoryReceiveChannel[tuple[Outbox, StageFault]]
             say, faults = trio.open_memory_channel[tuple[Outbox, StageFault]](4)
 
@@ -357,7 +365,7 @@ class StageHost:
         use = session.number + message.sequence.to_bytes(8, "big")
         try:
             ticket = self._guard.use_stage(message.ticket, session.index, sender, use, now_ms())
-            if session.ticket is None or (ticket.route, ticket.stages) != (session.ticket.route, session.ticket.stages):
+            if session.ticket is None or _what_runs(ticket) != _what_runs(session.ticket):
                 raise Refused(Code.BAD_TICKET, "the job's ticket is for another route")
             self._do(session, session.machine.open(message, f"{ticket.issuer}/{ticket.job_id}"))
         except Refused as refusal:
@@ -385,7 +393,8 @@ class StageHost:
                 case Compute(batch, spans, rows):
                     if not self._began_us:
                         self._began_us = _now_us()
-                    self._engine.compute(batch, spans, session.activations, rows)
+                    self._batches_given = session.batches_before + batch
+                    self._engine.compute(self._batches_given, spans, session.activations, rows)
                 case Forward(message):
                     self._tell(session.down, message)
                 case Back(wanted):
@@ -400,21 +409,23 @@ class StageHost:
         self.shared_batches += together > 1
         session = self._session
         self._began_us = 0
-        if session is not None:
-            self._do(session, session.machine.computed(batch, rows, compute_us, _now_us()))
+        if session is not None and batch > session.batches_before:  # else of a session that is over
+            self._do(session, session.machine.computed(batch - session.batches_before, rows, compute_us, _now_us()))
             self._began_us = _now_us() if session.machine.computing else 0
 
     def failed(self, batch: int, code: Code, message: str) -> None:
         """The rows of a batch were no good, or there was no room for them."""
         session = self._session
-        if session is None or session.ticket is None:
+        self._began_us = 0
+        if session is None or session.ticket is None or batch <= session.batches_before:
             return
         is_theirs = code is Code.BAD_INPUT
         index = session.index - 1 if is_theirs else session.index
         fault = fault_of(index % len(session.ticket.route), code if is_theirs else Code.INTERNAL, message)
         self._tell(session.down, fault)
         self._tell(session.up, fault)
-        self._do(session, session.machine.drop(batch))
+        self._do(session, session.machine.drop(batch - session.batches_before))
+        self._began_us = _now_us() if session.machine.computing else 0
 
     def engine_lost(self) -> None:
         self._is_alive, self._began_us = False, 0
@@ -449,6 +460,16 @@ def fault_of(index: int, code: Code, message: str, sequence: int = 0) -> StageFa
     """A fault whose text may stand on the wire, whatever library it comes from."""
     text = "".join(c if c.isprintable() else " " for c in message)[: limits.TEXT_CHARS_MAX]
     return StageFault(index, sequence, code, text)
+
+
+def _what_runs(ticket: Ticket) -> tuple[object, ...]:
+    """What the jobs of a route have in common; what they cost may differ."""
+    return ticket.route, [stage.layers for stage in ticket.stages], ticket.content_hash, ticket.activations
+
+
+def _supersedes(ticket: Ticket, older: Ticket | None) -> bool:
+    """Whether a plan takes the place of one that is at work: there is one pipeline of these layers, and the newest word counts."""
+    return older is None or (ticket.issuer == older.issuer and ticket.issued_at_ms >= older.issued_at_ms)
 
 
 async def _ignore_loss(run: Callable[[], Awaitable[None]]) -> None:

@@ -39,6 +39,7 @@ ROUTE_STAGES_MAX = 8
 LAYERS_MAX = 1024
 STAGE_ROWS_MAX = 1024  # rows of one frame between stages
 STAGE_FILL_ROWS = 256  # kept rows are sent again in frames of so many
+STAGE_FILL_BYTES = 16 * 1024 * 1024  # and so much of them is asked for at a time
 MODEL_PARTS_MAX = 256
 DELEGATION_LIFETIME_S = 366 * 86_400.0
 CREDIT_MICROS = 1_000_000  # one credit in the integer unit of all prices

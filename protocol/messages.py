@@ -186,17 +186,19 @@ class JobCancel:
 @JOB.message(8)
 @dataclass(frozen=True, slots=True)
 class RouteBroken:
-    """Driver to holder: stage ``index`` of the job's route is gone, stands still or is too slow (``code``). The job waits for RouteMended;
-    what was computed is kept."""
+    """Driver to holder: stage ``index`` of the job's route, in the run of its Island that ``boot`` names, is gone, stands still or is too
+    slow (``code``). The job waits for RouteMended; what was computed is kept."""
 
     job: int
     index: int
+    boot: int
     code: Code
     message: str
 
     def __post_init__(self) -> None:
         _job(self.job)
         checks.in_range("index", self.index, 0, limits.ROUTE_STAGES_MAX - 1)
+        checks.in_range("boot", self.boot, 1, 2**53)
         checks.printable("message", self.message, limits.TEXT_CHARS_MAX)
 
 

@@ -22,12 +22,13 @@ The engine is named by what it does: compute batches in the order in which they 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from protocol import limits
 from protocol.errors import Code, Refused, RemoteProtocolError
+from protocol.kept_rows import KeptRows, fill_frames
 from protocol.stage_messages import RowsWanted, SequenceOpen, Span, StageRows, StageTime
 
 
@@ -72,75 +73,6 @@ class Cut:
 
 
 Action = Forward | Back | Compute | Copy | Cut
-
-
-class KeptRows:
-    """The results of one sequence from position 0 on, as they travel. A copy shares the first ``shared`` rows of the sequence that it was
-    copied from, those among them that are still to come, too: whichever of the two computes them puts them there."""
-
-    def __init__(self, row_bytes: int, parent: KeptRows | None = None, shared: int = 0) -> None:
-        while parent is not None and shared <= parent._shared:
-            parent = parent._parent  # so that each one up the line shares less than the one before
-        self._row_bytes = row_bytes
-        self._parent: KeptRows | None = parent
-        self._shared: int = shared if parent is not None else 0
-        self._own = bytearray()
-
-    def __repr__(self) -> str:
-        return f"<KeptRows {len(self)}, {self._shared} of them shared>"
-
-    @property
-    def _end(self) -> int:
-        return self._shared + len(self._own) // self._row_bytes
-
-    def line(self) -> Iterator[KeptRows]:
-        """Itself and those that it shares rows of."""
-        kept: KeptRows | None = self
-        while kept is not None:
-            yield kept
-            kept = kept._parent
-
-    def __len__(self) -> int:
-        length, shared = self._end, 0
-        for kept in self.line():
-            if kept._end < shared:
-                length = kept._end
-            shared = kept._shared
-        return length
-
-    def put(self, position: int, rows: bytes | memoryview) -> None:
-        """Takes rows from ``position`` on, of which those that are here already are left as they are."""
-        high = position + len(rows) // self._row_bytes
-        for kept in self.line():
-            low, end = max(position, kept._shared), kept._end
-            if low < high:
-                if low > end:
-                    raise ValueError(f"rows from {low} on would leave a hole behind {end}")
-                kept._own += rows[(end - position) * self._row_bytes : (high - position) * self._row_bytes]
-                high = low
-            if position >= kept._shared:
-                break
-
-    def take(self, low: int, high: int) -> bytes:
-        """Rows ``low`` up to ``high``, which must be here."""
-        if high > len(self):
-            raise ValueError(f"{len(self)} rows are kept, not {high}")
-        parts = []
-        for kept in self.line():
-            start = max(low, kept._shared)
-            if start < high:
-                parts.append(bytes(kept._own[(start - kept._shared) * self._row_bytes : (high - kept._shared) * self._row_bytes]))
-                high = start
-            if low >= kept._shared:
-                break
-        return b"".join(reversed(parts))
-
-
-def fill_frames(sequence: int, low: int, high: int, kept: KeptRows) -> Iterator[StageRows]:
-    """Kept rows as frames."""
-    for start in range(low, high, limits.STAGE_FILL_ROWS):
-        end = min(high, start + limits.STAGE_FILL_ROWS)
-        yield StageRows(0, (Span(sequence, start, end - start),), fill=True, rows=kept.take(start, end))
 
 
 @dataclass(slots=True, eq=False)
@@ -204,6 +136,7 @@ class StageMachine:
 
     def __init__(self, row_bytes_in: int, row_bytes_out: int, slots: int, cells: int) -> None:
         self._row_in, self._row_out, self._cells = row_bytes_in, row_bytes_out, cells
+        self._window = max(1, limits.STAGE_FILL_BYTES // row_bytes_in)
         self._free = list(range(slots - 1, -1, -1))
         self._sequences: dict[int, _Sequence] = {}
         self._orphans: list[_Sequence] = []  # of a driver that was lost, oldest first
@@ -314,7 +247,7 @@ class StageMachine:
     def end(self, numbers: Sequence[int]) -> list[Action]:
         """Forgets sequences, known or not."""
         actions = self._remove(numbers)
-        return [*actions, *self._advance()] if actions else []
+        return [*actions, *self._ask_again()] if actions else []
 
     def _remove(self, numbers: Sequence[int]) -> list[Action]:
         actions: list[Action] = []
@@ -442,12 +375,14 @@ class StageMachine:
         return Compute(self._batch, tuple(local), rows)
 
     def _ask(self, number: int, entry: _Sequence, position: int) -> list[Action]:
+        """At most a window of rows at a time, of all sequences together: the rest is asked for as those come."""
         low = max(entry.given, entry.asked)
-        if low >= position or self._is_down:
+        room = self._window - sum(other.asked - other.given for other in self._sequences.values())
+        if low >= position or self._is_down or room <= 0:
             return []
-        entry.asked = position
-        self.counts.rows_asked += position - low
-        return [Back(RowsWanted(number, low, position))]
+        entry.asked = min(position, low + room)
+        self.counts.rows_asked += entry.asked - low
+        return [Back(RowsWanted(number, low, entry.asked))]
 
     def _fill(self, message: StageRows) -> list[Action]:
         actions: list[Action] = []
@@ -462,7 +397,7 @@ class StageMachine:
             new = Span(span.sequence, entry.given, span.end - entry.given)
             self.counts.rows_filled += new.count
             actions.append(self._compute((new,), self._part(message, (new,)), None))
-        return [*actions, *self._advance()]
+        return [*actions, *self._ask_again()]
 
     # -- the engine's answers
 

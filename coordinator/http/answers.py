@@ -214,8 +214,10 @@ def whole(answer: Answer, shape: Shape, events: Sequence[Event]) -> bytes:
         if isinstance(event, Text):
             texts[event.choice].append(event.text)
             logprobs[event.choice].extend(event.logprobs)
-        else:
-            answer.note(event)
+            continue
+        answer.note(event)
+        if isinstance(event, Accepted) and event.choice == 0:
+            answer.route = event.route
     # the Island that ended the first choice counts: an earlier one may have died before the client heard of it
     first = answer.results[0]
     answer.island, answer.engine = first.islands[-1], first.engines[-1]

@@ -14,7 +14,6 @@ CELLS_STEP = 256  # llama.cpp pads the cache to this
 CELLS_DEFAULT = 16_384  # without a limit: room for 16 default answers
 FREE_SHARE = 0.25  # without a limit the cache takes at most this share of the memory that is free
 PROCESS_BYTES = 160 * 1024 * 1024  # interpreter, libraries, logits: measured 150 MB beside weights and buffers
-STAGE_PROCESS_BYTES = 80 * 1024 * 1024  # of a stage of a pipeline, which needs less
 SHELF_SHARE = 0.2  # of the room for KV within a limit
 SHELF_FROM_CELLS = 4096
 SHELF_FREE_SHARE = 0.05
@@ -90,5 +89,5 @@ def stage_bytes(manifest: ShardManifest, layers: LayerRange, cells: int) -> int:
         + manifest.kv_bytes_per_token(layers) * cells
         + manifest.measured_compute_bytes(layers)
         + kept
-        + STAGE_PROCESS_BYTES
+        + manifest.process_bytes(layers)
     )

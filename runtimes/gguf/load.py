@@ -46,6 +46,7 @@ STAGE_ROWS = MICRO_BATCH_CPU  # of one call: who decodes waits for at most so ma
 _REMEMBERED_MAX = 64
 _WARM_PROMPT_TOKENS = 64
 _WARM_DECODE_TOKENS = 16
+_SHARD_WARM_TOKENS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,8 @@ def check_shard(order: Load) -> None:
 def _shard_ready(order: Load, model: Model, stage: Stage, gpu_layers: int) -> Ready:
     facts, context = model.facts(), stage.context
     hidden = order.layers is not None and order.layers.low > 0
-    decode_s, _ = _measure(stage, context.cells, stage.context.width if hidden else 0)
+    # A short run: a stage is loaded while somebody waits for the rest of an answer.
+    decode_s, _ = _measure(stage, _SHARD_WARM_TOKENS, stage.context.width if hidden else 0)
     per_token = _kv_bytes_per_token(kv_shape(model), context.kv_bytes, context.cells)
     words = facts.description.split()
     description = " ".join([words[0], *words[2:]])  # the second is the number of parameters, which differs by shard

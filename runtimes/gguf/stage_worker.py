@@ -151,19 +151,24 @@ class StageWorker:
         started = time.perf_counter()
         try:
             hidden = self._loaded.stage.forward(_rows(good))
-            compute_us = int((time.perf_counter() - started) * 1e6)
-            answers: list[object] = []
-            at = 0
-            for batch, values in good:
-                end = at + len(values)
-                data = activations.encode(hidden[at:end], batch.activations)
-                answers.append(BatchDone(batch.batch, compute_us, len(good), data))
-                at = end
-        except (LlamaError, Refused) as error:
-            code = error.code if isinstance(error, Refused) else Code.NO_CAPACITY
-            self._link.send(*(BatchFailed(batch.batch, code, str(error)[:300]) for batch, _ in good))
+        except LlamaError as error:
+            self._link.send(*(BatchFailed(batch.batch, Code.NO_CAPACITY, str(error)[:300]) for batch, _ in good))
             return
+        compute_us = int((time.perf_counter() - started) * 1e6)
+        answers: list[object] = []
+        at = 0
+        for batch, values in good:
+            end = at + len(values)
+            answers.append(_answer(batch, hidden[at:end], compute_us, len(good)))
+            at = end
         self._link.send(*answers)
+
+
+def _answer(batch: Batch, hidden: Floats, compute_us: int, together: int) -> object:
+    try:
+        return BatchDone(batch.batch, compute_us, together, activations.encode(hidden, batch.activations))
+    except Refused as refusal:  # our own values do not fit the encoding: not the fault of whoever sent the rows
+        return BatchFailed(batch.batch, Code.INTERNAL, refusal.message)
 
 
 def _rows(good: list[tuple[Batch, Ints | Floats]]) -> Rows:

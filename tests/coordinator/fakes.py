@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import random
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -11,23 +13,42 @@ from typing import Any
 
 import trio
 
+from coordinator.affinity import Affinity
 from coordinator.config import CoordinatorConfig
+from coordinator.dispatch import Dispatcher
+from coordinator.jobs import ChoiceResult, Event, JobSpec, Text
 from coordinator.keys import create_key, database_url_of
+from coordinator.pipelines import Pipelines
+from coordinator.placement import Placer
+from coordinator.planning import predicted_bytes
 from coordinator.server import CoordinatorServer, open_coordinator
+from coordinator.statistics import Statistics
+from coordinator.tickets import TicketIssuer
 from privacy.keys import NodeKey
-from protocol.ads import AD_VERSION, Ad, CargoOffer, Hardware
+from protocol import limits
+from protocol.ads import AD_VERSION, Ad, CargoOffer, Hardware, ShardOffer
 from protocol.book import Book, Entry
-from protocol.errors import Code, Refused
-from protocol.generation import GENERATION, FinishReason, GenerationRequest, pack_tokens, unpack_tokens
+from protocol.errors import ArchipelagError, Code, Refused
+from protocol.generation import (
+    GENERATION,
+    ChatMessage,
+    FinishReason,
+    GenerationRequest,
+    Role,
+    pack_tokens,
+    unpack_tokens,
+)
 from protocol.hold import HoldProgress, HoldShard, ShardHeld
-from protocol.messages import JobAccepted, JobChunk, JobDone
+from protocol.messages import JobAccepted, JobChunk, JobDone, RouteBroken, StageUse
 from protocol.prices import Ask
 from protocol.receipts import RECEIPT_VERSION, Receipt, sign_receipt
+from protocol.shards import LayerRange, ShardManifest
 from protocol.tickets import Delegation, Ticket, TicketGuard, ticket_hash
 
 NETWORK = "0123456789abcdef0123456789abcdef"
 COORDINATOR = NodeKey(bytes([9]) * 32)
-HASH_A, HASH_B = "aa" * 32, "bb" * 32
+HASH_A, HASH_B, HASH_BIG = "aa" * 32, "bb" * 32, "cc" * 32
+WIRE_US = 500
 
 
 def island_key(number: int) -> NodeKey:
@@ -80,6 +101,8 @@ class Script:
 
     ``fail_open``: raised instead of a connection. ``refuse``: raised before JobAccepted. ``fail_after``: number of tokens sent in this
     attempt before ``failure`` is raised; 0 is after JobAccepted. ``hang_after``: waits for ever there. Each is used ``times`` times.
+    ``complain_after``: number of tokens of this attempt before the driver of a pipeline says ``complaint``, (stage, code), once;
+    ``complaint_boot``: of which run, 0 for the one in its route.
     """
 
     words: tuple[str, ...] | None = None
@@ -88,6 +111,9 @@ class Script:
     fail_after: int | None = None
     failure: Code = Code.LINK_LOST
     hang_after: int | None = None
+    complain_after: int | None = None
+    complaint: tuple[int, Code] = (0, Code.LINK_LOST)
+    complaint_boot: int = 0
     times: int = 1_000_000
     batch: int = 1
     token_s: float = 0.0
@@ -96,11 +122,31 @@ class Script:
 
 
 @dataclass
+class Holding:
+    """How an Island answers orders. ``hidden``: its ad does not show what it holds. ``shown``: changes of the shard's offer."""
+
+    delay_s: float = 0.0
+    refuse: ArchipelagError | None = None
+    hidden: bool = False
+    shown: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class FakeIsland:
+    """``memory``: bytes offered for shards; ``ask``: what it wants by default. ``mends``: tickets of mended routes that it got."""
+
     key: NodeKey
     offers: tuple[CargoOffer, ...]
     scripts: list[Script] = field(default_factory=list)
     boot: int = 1000
+    memory: int = 0
+    memory_used: int = 0
+    ask: Ask = field(default_factory=Ask)
+    holding: Holding = field(default_factory=Holding)
+    shards: dict[LayerRange, ShardOffer] = field(default_factory=dict)
+    orders: list[HoldShard] = field(default_factory=list)
+    mends: list[Ticket] = field(default_factory=list)
+    broken: list[int] = field(default_factory=list)
     requests: list[GenerationRequest] = field(default_factory=list)
     tickets: list[Ticket] = field(default_factory=list)
     open_now: int = 0
@@ -110,6 +156,28 @@ class FakeIsland:
     @property
     def peer(self) -> str:
         return self.key.peer_id
+
+    def restart(self) -> None:
+        """Another run, which holds nothing."""
+        self.boot += 1
+        self.memory_used = 0
+        self.shards, self.offers = {}, ()
+
+    def hold(self, order: HoldShard) -> None:
+        """Raises Refused when it does not fit."""
+        layers, manifest = order.layers, order.manifest
+        if layers in self.shards:
+            return
+        needed = room(layers.low, layers.high, order.cells, manifest)
+        if needed > self.memory - self.memory_used:
+            raise Refused(Code.NO_CAPACITY, f"layers {layers} need {needed} bytes")
+        if self.holding.hidden:
+            return
+        self.memory_used += needed
+        if len(layers) == manifest.total_layers:
+            self.offers = (offer(manifest.name, content_hash=manifest.model_sha256, **self.holding.shown),)
+        else:
+            self.shards[layers] = replace(shard(manifest, layers, order.cells, self.ask), **self.holding.shown)
 
     def script(self) -> Script:
         while self.scripts and self.scripts[0].times == 0:
@@ -125,7 +193,7 @@ class FakePort:
 
     def __init__(self, *islands: FakeIsland) -> None:
         self.islands = {island.peer: island for island in islands}
-        self._guards: dict[str, TicketGuard] = {}
+        self._guards: dict[tuple[str, int], TicketGuard] = {}
         self._book = Book(NETWORK)
         self._changed = trio.Event()
         self._sequence = 1000
@@ -139,17 +207,60 @@ class FakePort:
         await self._changed.wait()
 
     async def hold_shard(self, island: str, order: HoldShard, progress: Callable[[HoldProgress], None]) -> ShardHeld:
-        raise Refused(Code.NO_CAPACITY, "these Islands hold no shards")
+        it = self.islands[island]
+        it.orders.append(order)
+        await trio.lowlevel.checkpoint()
+        if island not in self._book.entries:
+            raise Refused(Code.LINK_LOST, "no connection")
+        if it.holding.refuse is not None:
+            raise it.holding.refuse
+        progress(HoldProgress("loading", 1, 2))
+        boot = it.boot
+        await trio.sleep(it.holding.delay_s)
+        if boot != order.boot:
+            raise Refused(Code.BAD_TICKET, "the order is for an earlier run of this Island")
+        if boot != it.boot:
+            raise Refused(Code.LINK_LOST, "the Island has restarted")
+        it.hold(order)
+        self.advertise(it)
+        return ShardHeld(shard_hash(order.manifest, order.layers), self._sequence)
+
+    def guard(self, island: FakeIsland) -> TicketGuard:
+        """Of the Island's present run."""
+        key = island.peer, island.boot
+        if key not in self._guards:
+            self._guards[key] = TicketGuard(*key, NETWORK)
+            self._guards[key].trust(Delegation(NETWORK, COORDINATOR.peer_id, 2**52))
+        return self._guards[key]
 
     def advertise(self, island: FakeIsland, **changes: Any) -> None:
         """A newer ad of an Island, which may be new."""
         self._sequence += 1
         self.islands[island.peer] = island
-        guard = TicketGuard(island.peer, island.boot, NETWORK)
-        guard.trust(Delegation(NETWORK, COORDINATOR.peer_id, 2**52))
-        self._guards[island.peer] = guard
-        made = ad(island.peer, island.offers, self._sequence, **{"boot": island.boot, **changes})
+        facts: dict[str, Any] = {
+            "boot": island.boot,
+            "shards": tuple(island.shards.values()),
+            "memory_offered_bytes": island.memory,
+            "memory_free_bytes": island.memory - island.memory_used,
+            "default_ask": island.ask,
+        }
+        made = ad(island.peer, island.offers, max(self._sequence, island.boot), **{**facts, **changes})
         self._put({**self._book.entries, island.peer: Entry(made, b"")})
+
+    def broken_stage(self, ticket: bytes, route: Ticket) -> int | None:
+        """The first stage that would not serve a ticket: its Island is away, is another run, or does not hold the layers."""
+        for index, (peer, stage) in enumerate(zip(route.route, route.stages, strict=True)):
+            it = self.islands[peer]
+            if peer not in self._book.entries or stage.layers not in it.shards:
+                return index
+            try:
+                self.guard(it).check_stage(ticket, index, route.route[index - 1], time.time_ns() // 1_000_000)
+            except Refused:
+                return index
+        return None
+
+    def is_there(self, island: FakeIsland) -> bool:
+        return island.peer in self._book.entries
 
     def lose(self, island: FakeIsland) -> None:
         self._put({peer: entry for peer, entry in self._book.entries.items() if peer != island.peer})
@@ -165,14 +276,18 @@ class FakePort:
         script = it.script()
         if script.fail_open is not None:
             raise script.fail_open
-        admitted = self._guards[island].admit(ticket, COORDINATOR.peer_id, time.time_ns() // 1_000_000)
+        if not self.is_there(it):
+            raise Refused(Code.LINK_LOST, "no connection")
+        admitted = self.guard(it).admit(ticket, COORDINATOR.peer_id, time.time_ns() // 1_000_000)
+        if admitted.stages and admitted.stages[-1].layers not in it.shards:
+            raise Refused(Code.UNKNOWN_CARGO, "these layers are not held here")
         request = GENERATION.decode(payload)
         it.requests.append(request)
         it.tickets.append(admitted)
         it.open_now += 1
         it.open_max = max(it.open_max, it.open_now)
         try:
-            yield _Run(it, script, request, admitted, ticket)
+            yield _Run(self, it, script, request, admitted, ticket)
         except trio.Cancelled:
             it.cancelled += 1
             raise
@@ -182,12 +297,25 @@ class FakePort:
 
 class _Run:
     def __init__(
-        self, island: FakeIsland, script: Script, request: GenerationRequest, ticket: Ticket, raw: bytes
+        self, port: FakePort, island: FakeIsland, script: Script, request: GenerationRequest, ticket: Ticket, raw: bytes
     ) -> None:
-        self._island, self._script, self._request, self._ticket, self._raw = island, script, request, ticket, raw
+        self._port, self._island, self._script, self._request = port, island, script, request
+        self._ticket, self._raw = ticket, raw  # of the job
+        self._route, self._route_raw = ticket, raw  # of the route as it is now
+        self._passed: list[str] = []  # Islands that were in the route
+        self._mended = trio.Event()
+        self._complained = False
 
     def mend(self, ticket: bytes) -> None:
-        raise AssertionError("these Islands have no routes to mend")
+        """Checked as a driver does."""
+        newer = self._port.guard(self._island).admit(ticket, COORDINATOR.peer_id, time.time_ns() // 1_000_000)
+        for name in ("job_id", "cargo", "content_hash", "driver", "holder", "activations", "cache_salt", "token_limit"):
+            assert getattr(newer, name) == getattr(self._route, name), f"a mended route has another {name}"
+        assert newer.nonce != self._route.nonce
+        self._passed += [peer for peer in self._route.route if peer not in newer.route]
+        self._route, self._route_raw = newer, ticket
+        self._island.mends.append(newer)
+        self._mended.set()
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         script, request = self._script, self._request
@@ -198,22 +326,54 @@ class _Run:
         reason = FinishReason.LENGTH if len(words) > request.max_tokens else FinishReason.STOP
         words = words[: request.max_tokens]
         prompt_tokens = sum(len(m.content.split()) for m in request.messages) + len(request.prompt.split())
-        offered = self._island.offers[0]
-        yield JobAccepted(1, offered.engine, prompt_tokens, 0)
+        yield JobAccepted(1, self._engine(), prompt_tokens, 0)
         start = len(request.resume) // 4
         assert unpack_tokens(request.resume) == [1000 + i for i in range(start)], "an answer goes on behind its own ids"
         sent, step = 0, start
         while step < len(words):
+            while (broken := self._broken(sent)) is not None:
+                self._mended = trio.Event()
+                self._island.broken.append(broken.index)
+                yield broken
+                await self._mended.wait()
             await self._stop_here(sent)
             batch = words[step : step + script.batch]
             await trio.sleep(script.token_s)
+            if not self._port.is_there(self._island):
+                raise Refused(Code.LINK_LOST, "the Island has left")
             raw = pack_tokens([1000 + step + i for i in range(len(batch))])
             text = "".join(batch)
             yield JobChunk(1, sent, text, script.logprobs(batch) if request.top_logprobs >= 0 else b"", raw)
             sent += len(batch)
             step += len(batch)
         await self._stop_here(sent)
-        yield JobDone(1, reason, "", prompt_tokens, 0, step, 1000, 2000, self._receipt(prompt_tokens, sent, reason))
+        receipt = self._receipt(prompt_tokens, sent, reason)
+        uses = self._uses()
+        yield JobDone(1, reason, "", prompt_tokens, 0, step, 1000, 2000, receipt, uses, WIRE_US if uses else 0)
+
+    def _engine(self) -> str:
+        if self._ticket.stages:
+            return self._island.shards[self._ticket.stages[-1].layers].engine
+        return self._island.offers[0].engine
+
+    def _broken(self, sent: int) -> RouteBroken | None:
+        if not self._route.stages:
+            return None
+        index = self._port.broken_stage(self._route_raw, self._route)
+        if index is not None and self._route.route[index] != self._island.peer:
+            return RouteBroken(1, index, self._route.boots[index], Code.LINK_LOST, "it is gone")
+        if self._script.complain_after == sent and not self._complained:
+            self._complained = True
+            stage, code = self._script.complaint
+            boot = self._script.complaint_boot or dict(enumerate(self._route.boots)).get(stage, 1)
+            return RouteBroken(1, stage, boot, code, "as the script says")
+        return None
+
+    def _uses(self) -> tuple[StageUse, ...]:
+        if not self._route.stages:
+            return ()
+        passed = [StageUse(peer, 10, 20) for peer in self._passed]
+        return (*passed, *(StageUse(peer, 1000 * n, 2000 * n) for n, peer in enumerate(self._route.route, 1)))
 
     async def _stop_here(self, sent: int) -> None:
         if self._script.fail_after == sent:
@@ -252,6 +412,142 @@ def island(number: int = 1, *scripts: Script, **changes: Any) -> FakeIsland:
     return FakeIsland(island_key(number), (offer(**changes),), list(scripts))
 
 
+def model(layers: int = 12, **changes: Any) -> ShardManifest:
+    """The manifest of a model of layers of 100 MB."""
+    plain: dict[str, Any] = {
+        "version": 1,
+        "name": "big",
+        "architecture": "llama",
+        "model_sha256": HASH_BIG,
+        "model_bytes": 0,
+        "model_sources": (),
+        "total_layers": layers,
+        "width": 64,
+        "vocabulary": 100,
+        "context_tokens": 8192,
+        "embedding_bytes": 3_000,
+        "head_bytes": 5_000,
+        "shared_bytes": 10,
+        "layer_bytes": (100_000_000,) * layers,
+        "kv_bytes": (1000,) * layers,
+        "micro_batch": 32,
+        "compute_bytes": (100, 200, 300),
+    }
+    return ShardManifest(**{**plain, **changes})
+
+
+BIG = model()
+
+
+def room(low: int, high: int, cells: int = 4096, manifest: ShardManifest = BIG) -> int:
+    """Memory of a stage."""
+    layers = LayerRange(low, high)
+    return predicted_bytes(manifest, layers, cells, manifest.measured_compute_bytes(layers), manifest.process_bytes(layers))
+
+
+def shard_hash(manifest: ShardManifest, layers: LayerRange) -> str:
+    return manifest.shard_hash(layers) or hashlib.sha256(str(layers).encode()).hexdigest()
+
+
+def shard(manifest: ShardManifest, layers: LayerRange, cells: int = 4096, ask: Ask | None = None) -> ShardOffer:
+    return ShardOffer(
+        name=manifest.name,
+        content_hash=manifest.model_sha256,
+        shard_hash=shard_hash(manifest, layers),
+        layers=layers,
+        total_layers=manifest.total_layers,
+        engine="stage-1",
+        ask=ask or Ask(),
+        slots=8,
+        kv_tokens_total=cells,
+        weights_bytes=manifest.weights_bytes(layers),
+        kv_bytes_per_token=manifest.kv_bytes_per_token(layers),
+        compute_bytes=manifest.measured_compute_bytes(layers),
+        process_bytes=60_000_000,
+        token_us=0,
+        is_free=True,
+    )
+
+
+def roomy(number: int, layers: int = 8, **changes: Any) -> FakeIsland:
+    """An Island that offers memory for so many layers of BIG, wherever they are, and asks for its number in micro-credits."""
+    memory = max(room(0, layers), room(12 - layers, 12)) + 1000
+    return FakeIsland(island_key(number), (), **{"memory": memory, "ask": Ask(per_job=number), **changes})
+
+
+def ask_big(text: str = "one two three four five six", **changes: Any) -> GenerationRequest:
+    return GenerationRequest(**{"messages": (ChatMessage(Role.USER, text),), "max_tokens": 64, **changes})
+
+
+def big_job(*choices: GenerationRequest, job_id: str = "job-1") -> JobSpec:
+    return JobSpec(job_id, "big", bytes(32), choices or (ask_big(),))
+
+
+@dataclass
+class Pool:
+    """A Coordinator's inner parts over Islands that hold shards on order."""
+
+    port: FakePort
+    placer: Placer
+    pipelines: Pipelines
+    dispatcher: Dispatcher
+
+    @property
+    def statistics(self) -> Statistics:
+        return self.dispatcher.statistics
+
+    @property
+    def stages(self) -> list[FakeIsland]:
+        """Islands of the pipeline as it is now, first stage first."""
+        (status,) = self.pipelines.status()
+        return [self.port.islands[stage["island"]] for stage in status["stages"]]
+
+    @property
+    def spares(self) -> list[FakeIsland]:
+        return [it for it in self.port.islands.values() if it not in self.stages]
+
+    async def run(self, job: JobSpec | None = None) -> Done:
+        done = Done()
+        await self.dispatcher.run(job or big_job(), done.keep)
+        return done
+
+
+@dataclass
+class Done:
+    events: list[Event] = field(default_factory=list)
+
+    async def keep(self, event: Event) -> None:
+        self.events.append(event)
+
+    def text(self, choice: int = 0) -> str:
+        return "".join(e.text for e in self.events if isinstance(e, Text) and e.choice == choice)
+
+    def result(self, choice: int = 0) -> ChoiceResult:
+        return next(e for e in self.events if isinstance(e, ChoiceResult) and e.choice == choice)
+
+
+@asynccontextmanager
+async def pool(*islands: FakeIsland, manifest: ShardManifest = BIG, timeout_s: float = 600.0) -> AsyncIterator[Pool]:
+    port = FakePort(*islands)
+    pipelines = Pipelines({manifest.name: manifest}, port, time.time)
+    placer = Placer(port.book, random.Random(1), pipelines=pipelines)
+    pipelines.on_change = placer.book_changed
+    issuer = TicketIssuer(COORDINATOR, NETWORK, limits.JOB_TIMEOUT_S, time.time, random.Random(2).randbytes)
+    dispatcher = Dispatcher(port, placer, issuer, Affinity(bytes(16)), Statistics(), timeout_s, pipelines=pipelines)
+
+    async def watch() -> None:
+        while True:
+            await port.wait_book_changed()
+            placer.book_changed()
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(pipelines.run)
+        nursery.start_soon(watch)
+        yield Pool(port, placer, pipelines, dispatcher)
+        assert dispatcher.running == placer.open_jobs == placer.waiting == 0
+        nursery.cancel_scope.cancel()
+
+
 @dataclass
 class Running:
     """A Coordinator that serves, and a key for it."""
@@ -267,10 +563,13 @@ class Running:
 
 
 @asynccontextmanager
-async def coordinator(folder: Path, *islands: FakeIsland, **settings: Any) -> AsyncIterator[Running]:
+async def coordinator(
+    folder: Path, *islands: FakeIsland, manifests: dict[str, ShardManifest] | None = None, **settings: Any
+) -> AsyncIterator[Running]:
     url = database_url_of(folder)
     key = create_key(url)
     port = FakePort(*islands)
     config = CoordinatorConfig(database_url=url, **settings)
-    async with open_coordinator(config, port, COORDINATOR, NETWORK, bytes(32), lambda: {"peer_id": "x"}) as server:
+    well_known = {"peer_id": "x"}
+    async with open_coordinator(config, port, COORDINATOR, NETWORK, bytes(32), lambda: well_known, manifests) as server:
         yield Running(server, port, key, url)

@@ -12,7 +12,6 @@ import pytest
 
 from coordinator.planning import (
     CELLS_WANTED,
-    PROCESS_BYTES_DEFAULT,
     Held,
     NoPlan,
     Plan,
@@ -128,7 +127,7 @@ def weight(manifest: ShardManifest, site: Site, layers: LayerRange, cells: int) 
 
     own = max((shard.compute_bytes for shard in site.held if kind(shard.layers) == kind(layers)), default=0)
     compute = own or manifest.compute_bytes[kind(layers)]
-    return predicted_bytes(manifest, layers, cells, compute, site.process_bytes or PROCESS_BYTES_DEFAULT)
+    return predicted_bytes(manifest, layers, cells, compute, site.process_bytes or manifest.process_bytes(layers))
 
 
 def same(names: Sequence[str], memory: int, **changes: Any) -> list[Site]:
@@ -303,7 +302,7 @@ def test_own_measures_count() -> None:
         route(planned([site("A", room(0, 5), held=(changed(shard, layers=LayerRange(1, 2)),)), other]))
         == "A:0-4 B:5-11"
     )
-    unmeasured = site("A", room(0, 5) - PROCESS_BYTES + PROCESS_BYTES_DEFAULT, process_bytes=0)
+    unmeasured = site("A", room(0, 5) - PROCESS_BYTES + BIG.process_bytes(LayerRange(0, 5)), process_bytes=0)
     assert route(planned([unmeasured, other])) == "A:0-4 B:5-11"
     assert isinstance(
         plan(BIG, [changed(unmeasured, memory_free_bytes=unmeasured.memory_free_bytes - 1), other], 200, {}), NoPlan
@@ -556,7 +555,7 @@ NO_REPLACEMENTS: list[tuple[str, list[Site], Code, str]] = [
         [],
         Code.NO_ISLAND,
         "nobody holds layers 4-8 of big, and nobody offers the"
-        f" {room(4, 9, 512) - PROCESS_BYTES + PROCESS_BYTES_DEFAULT} bytes to load them",
+        f" {room(4, 9, 512) - PROCESS_BYTES + BIG.process_bytes(LayerRange(4, 9))} bytes to load them",
     ),
     (
         "too little memory",

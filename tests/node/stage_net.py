@@ -7,15 +7,17 @@ repeated or stale one changes everything behind it. The driver is the real Route
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import trio
 
 from node.bookkeeper import now_ms
 from node.jobs_served import island_hello
+from node.net.frames import FrameStream
 from node.net.host import Host, open_host
 from node.pipeline_job import PipelineJob
 from node.route_driver import RouteDriver
@@ -23,20 +25,28 @@ from node.stages_served import Neighbours, StageFacts, StageHost, StageServer
 from privacy.keys import NodeKey
 from protocol import limits
 from protocol.activations import Activations
-from protocol.errors import Code, Refused
+from protocol.errors import Code, LinkLost, Refused
+from protocol.messages import Hello
 from protocol.prices import Ask
 from protocol.shards import LayerRange
-from protocol.stage_messages import STAGE, STAGE_PROTOCOL, Span, StageTime
+from protocol.stage_messages import SESSION_BYTES, STAGE, STAGE_PROTOCOL, Span, StageOpen, StageOpened, StageTime
 from protocol.tickets import TICKET_VERSION, Delegation, Ticket, TicketGuard, TicketStage, network_id_of, sign_ticket
 from runtimes.base import StageListener
 
 WIDTH = 16
 CELLS, SLOTS = 4096, 32
 NAME, CONTENT_HASH = "echo-pipeline", "ec" * 32
-NETWORK_KEY, COORDINATOR = NodeKey(b"\1" * 32), NodeKey(b"\2" * 32)
+NETWORK_KEY, COORDINATOR, COLLEAGUE = NodeKey(b"\1" * 32), NodeKey(b"\2" * 32), NodeKey(b"\3" * 32)
 NETWORK = network_id_of(NETWORK_KEY.public_key)
 BOOT = 1_795_000_000_000
 LISTEN = ("/ip4/127.0.0.1/tcp/0",)
+
+
+async def wait_until(condition: Callable[[], object], within_s: float = 5.0) -> None:
+    """Returns once the condition holds. Raises trio.TooSlowError."""
+    with trio.fail_after(within_s):
+        while not condition():
+            await trio.sleep(0.002)
 
 
 def row_of(stage: int, before: float, inputs: np.ndarray) -> tuple[float, np.ndarray]:
@@ -69,18 +79,49 @@ class EchoEngine:
         self.rows = 0
         self.bad_rows = 0  # so many of the next batches come out as NaN
         self.is_stopped = False
+        self._life = 1
+        self._is_down = False
+
+    @property
+    def waiting(self) -> int:
+        """What was given and has not begun."""
+        return len(self._todo)
+
+    def end(self) -> None:
+        """As if the worker process had ended: what it knew is gone, and the listener hears so."""
+        self._life += 1
+        self._is_down = True
+        self._todo.clear()
+        self._states.clear()
+        if self.listener is not None:
+            self.listener.engine_lost()
+
+    def begin_again(self) -> None:
+        self._is_down = False
+        if self.listener is not None:
+            self.listener.engine_back()
+
+    def length(self, sequence: int) -> int:
+        """Cells of a sequence, counted as the engine counts."""
+        return len(self._states.get(sequence, ()))
+
+    @property
+    def cells(self) -> int:
+        return sum(map(len, self._states.values()))
+
+    def _give(self, item: tuple[int, tuple[Span, ...], bytes]) -> None:
+        if not self._is_down:
+            self._todo.append(item)
+            self._more.set()
 
     def compute(self, batch: int, spans: tuple[Span, ...], kind: Activations, rows: bytes) -> None:
-        self._todo.append((batch, spans, rows))
-        self._more.set()
+        self._give((batch, spans, rows))
 
     def copy(self, source: int, target: int, length: int) -> None:
-        self._todo.append((-1, (Span(source + 1, 0, 1), Span(target + 1, length, 1)), b""))
-        self._more.set()
+        self._give((-1, (Span(source + 1, 0, 1), Span(target + 1, length, 1)), b""))
 
     def cut(self, sequence: int, length: int) -> None:
-        self._todo.append((-2, (Span(sequence + 1, length, 1),), b""))
-        self._more.set()
+        self._give((-2, (Span(sequence + 1, length, 1),), b""))
 
     async def run(self) -> None:
         while True:
@@ -97,21 +138,25 @@ class EchoEngine:
         if batch == -2:
             del self._states.setdefault(spans[0].sequence, [])[spans[0].position :]
             return
+        life = self._life
         count = sum(span.count for span in spans)
         if self.row_s:
             await trio.sleep(self.row_s * count)
         while self.is_stopped:
-            await trio.sleep(0.01)
+            await trio.sleep(0.001)
+        if life != self._life:
+            return
+        if not np.isfinite(self._values(data)).all():
+            if self.listener is not None:
+                self.listener.failed(batch, Code.BAD_INPUT, "hidden states came that are no finite numbers")
+            return
         out = self._rows(spans, data)
         self.rows += count
         if self.bad_rows:
             self.bad_rows -= 1
             out[:] = np.nan
         if self.listener is not None:
-            if not np.isfinite(self._values(data)).all():
-                self.listener.failed(batch, Code.BAD_INPUT, "hidden states came that are no finite numbers")
-            else:
-                self.listener.computed(batch, out.tobytes(), int(self.row_s * count * 1e6), 1)
+            self.listener.computed(batch, out.tobytes(), int(self.row_s * count * 1e6), 1)
 
     def _values(self, data: bytes) -> np.ndarray:
         return np.frombuffer(data, "<i4" if self.is_first else "<f4").astype(np.float32).reshape(-1, 1 if self.is_first else WIDTH)
@@ -130,16 +175,29 @@ class EchoEngine:
         return out
 
 
+class Watched(Neighbours):
+    """Remembers whom it was asked to reach."""
+
+    def __init__(self, host: Host, hello: Callable[[], Hello], addresses: Callable[[str], Sequence[str]]) -> None:
+        super().__init__(host, hello, addresses)
+        self.opened: list[str] = []
+
+    async def open(self, peer: str, message: StageOpen) -> FrameStream:
+        self.opened.append(peer)
+        return await super().open(peer, message)
+
+
 @dataclass(eq=False)
 class Island:
     key: NodeKey
     host: Host
     guard: TicketGuard
-    neighbours: Neighbours
+    neighbours: Watched
     server: StageServer
     nursery: trio.Nursery
     engines: dict[LayerRange, EchoEngine] = field(default_factory=dict)
     hosts: dict[LayerRange, StageHost] = field(default_factory=dict)
+    served: list[str] = field(default_factory=list)  # who has opened a stage stream here
 
     @property
     def peer(self) -> str:
@@ -155,9 +213,36 @@ class Island:
         self.engines[layers], self.hosts[layers] = engine, host
         return host
 
+    @property
+    def engine(self) -> EchoEngine:
+        """The only one that it holds."""
+        (engine,) = self.engines.values()
+        return engine
+
+    @property
+    def stage(self) -> StageHost:
+        (host,) = self.hosts.values()
+        return host
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return dict(self.stage.status()["counts"])
+
     async def die(self) -> None:
         """As seen from outside: its port and its connections are gone."""
         self.nursery.cancel_scope.cancel()
+
+    async def serve(self, stream: FrameStream) -> None:
+        self.served.append(stream.remote_peer)
+        await self.server.serve(stream)
+
+    async def open(self, target: Island, message: StageOpen) -> FrameStream:
+        """A stream to another Island on which this one has said what it was told to."""
+        return await self.neighbours.open(target.peer, message)
+
+
+def opening(ticket: bytes, index: int, epoch: int = 1, session: bytes = b"s" * SESSION_BYTES) -> StageOpen:
+    return StageOpen(session, epoch, index, ticket)
 
 
 class EchoDriver:
@@ -173,36 +258,121 @@ class EchoDriver:
         self._came: dict[int, np.ndarray] = {}
         self._sequences = 0
         self.broken: list[tuple[int, Code, str]] = []
+        self.broken_of: dict[int, list[int]] = {}  # job -> the indices that it was told
         self.failed: list[Refused] = []
         self.on_broken = trio.Event()
 
     def arrived(self, step: int, times: tuple[StageTime, ...], kind: Activations, rows: bytes) -> None:
-        self._came[step] = np.frombuffer(rows, "<f4").reshape(-1, WIDTH)
+        came = np.frombuffer(rows, "<f4").reshape(-1, WIDTH)
+        if not np.isfinite(came).all():
+            self.driver.refused(step, Code.BAD_INPUT, "hidden states came that are no finite numbers")
+            return
+        self._came[step] = came
         self._waiting[step].set()
 
-    def begin(self, number: int, ticket: bytes, declared: int = 512, keep: int = 0) -> int:
+    def begin(self, number: int, ticket: bytes, declared: int = 512, keep: int = 0, source: int = 0, shared: int = 0) -> int:
         """A job and its sequence; returns the sequence."""
 
-        def broken(index: int, code: Code, message: str) -> None:
+        def broken(index: int, boot: int, code: Code, message: str) -> None:
             self.broken.append((index, code, message))
+            self.broken_of.setdefault(number, []).append(index)
             self.on_broken.set()
 
         self.driver.job_began(number, PipelineJob(ticket, broken, self.failed.append))
         self._sequences += 1
-        self.driver.open_sequence(self._sequences, number, declared, keep, 0, 0)
+        self.driver.open_sequence(self._sequences, number, declared, keep, source, shared)
         return self._sequences
+
+    def over(self, number: int, *sequences: int) -> None:
+        """A job has ended; as the engine of a last stage says it."""
+        self.driver.job_over(number)
+        self.driver.end_sequences(sequences)
+
+    @property
+    def steps_waiting(self) -> int:
+        return len(self._waiting)
+
+    def step_nowait(self, nursery: trio.Nursery, *parts: tuple[int, int, Sequence[int]]) -> list[float]:
+        """Like ``step``; the list is filled when the rows have come."""
+        rows: list[float] = []
+
+        step = self._launch(parts)
+
+        async def wait() -> None:
+            rows.extend(float(row[0]) for row in await self._wait(step))
+
+        nursery.start_soon(wait)
+        return rows
+
+    async def values(self, *parts: tuple[int, int, Sequence[int]]) -> list[float]:
+        """Like ``step``: the first number of each row."""
+        return [float(row[0]) for row in await self.step(*parts)]
 
     async def step(self, *parts: tuple[int, int, Sequence[int]]) -> np.ndarray:
         """Parts: sequence, position, token ids. Returns the rows that came round, (n, WIDTH)."""
+        return await self._wait(self._launch(parts))
+
+    def _launch(self, parts: Sequence[tuple[int, int, Sequence[int]]]) -> int:
         self._steps += 1
         step = self._steps
         self._waiting[step] = trio.Event()
         spans = tuple(Span(sequence, position, len(tokens)) for sequence, position, tokens in parts)
         data = np.concatenate([np.array(tokens, "<i4") for _, _, tokens in parts]).tobytes()
         self.driver.launch(step, spans, data)
+        return step
+
+    async def _wait(self, step: int) -> np.ndarray:
         await self._waiting[step].wait()
         del self._waiting[step]
         return self._came.pop(step)
+
+
+class FakeStage:
+    """In place of an Island's stage or driver: opens the rest of the route, then says only what a test makes it say."""
+
+    def __init__(self, island: Island, following: Island | None = None) -> None:
+        self.island, self._following = island, following
+        self.heard: list[object] = []
+        self.opened = trio.Event()
+        self.links: list[tuple[FrameStream, FrameStream | None]] = []
+        self.lost = 0
+        island.host.set_handler(STAGE_PROTOCOL, STAGE, self.serve)
+
+    @property
+    def up(self) -> FrameStream:
+        return self.links[-1][0]
+
+    @property
+    def down(self) -> FrameStream:
+        down = self.links[-1][1]
+        assert down is not None
+        return down
+
+    async def serve(self, stream: FrameStream) -> None:
+        self.island.served.append(stream.remote_peer)
+        assert isinstance(await stream.receive(), Hello)
+        await stream.send(island_hello(NETWORK, "test"))
+        message = await stream.receive()
+        assert isinstance(message, StageOpen)
+        down = None
+        if self._following is not None:
+            down = await self.island.open(self._following, StageOpen(message.session, message.epoch, message.index + 1, message.ticket))
+            assert isinstance(await down.receive(), StageOpened)
+        await stream.send(StageOpened(("echo/1",) if down is not None else ()))
+        self.links.append((stream, down))
+        self.opened.set()
+        await self._listen(stream)
+
+    async def _listen(self, stream: FrameStream) -> None:
+        try:
+            while True:
+                self.heard.append(await stream.receive())
+        except LinkLost:
+            self.lost += 1
+
+    def all(self, kind: type[Any]) -> list[Any]:
+        """What was heard of one kind."""
+        return [message for message in self.heard if isinstance(message, kind)]
 
 
 @dataclass(eq=False)
@@ -223,14 +393,16 @@ class StageNet:
             async with open_host(key.seed, LISTEN) as host, trio.open_nursery() as nursery:
                 guard = TicketGuard(key.peer_id, BOOT, NETWORK)
                 guard.trust(Delegation(NETWORK, COORDINATOR.peer_id, 2**52))
+                guard.trust(Delegation(NETWORK, COLLEAGUE.peer_id, 2**52))
 
                 def hello() -> object:
                     return island_hello(NETWORK, "test")
 
-                neighbours = Neighbours(host, hello, lambda peer: self._addresses(key.peer_id, peer))  # type: ignore[arg-type]
+                neighbours = Watched(host, hello, lambda peer: self._addresses(key.peer_id, peer))  # type: ignore[arg-type]
                 server = StageServer(guard, hello)  # type: ignore[arg-type]
-                host.set_handler(STAGE_PROTOCOL, STAGE, server.serve)
-                made.append(Island(key, host, guard, neighbours, server, nursery))
+                island = Island(key, host, guard, neighbours, server, nursery)
+                host.set_handler(STAGE_PROTOCOL, STAGE, island.serve)
+                made.append(island)
                 ready.set()
                 await trio.sleep_forever()
 
@@ -244,7 +416,9 @@ class StageNet:
             return [self.proxies[sender, peer]]
         return next((island.host.addresses() for island in self.islands if island.peer == peer), [])
 
-    def ticket(self, route: Sequence[Island], job: str = "", layers: Sequence[LayerRange] = (), **changes: object) -> bytes:
+    def ticket(
+        self, route: Sequence[Island], job: str = "", layers: Sequence[LayerRange] = (), signer: NodeKey = COORDINATOR, **changes: object
+    ) -> bytes:
         """For a job over these Islands, one layer each unless said."""
         self.jobs += 1
         now = now_ms()
@@ -252,7 +426,7 @@ class StageNet:
         fields: dict[str, object] = dict(
             version=TICKET_VERSION,
             network=NETWORK,
-            issuer=COORDINATOR.peer_id,
+            issuer=signer.peer_id,
             holder=COORDINATOR.peer_id,
             job_id=job or f"job-{self.jobs}",
             route=tuple(island.peer for island in route),
@@ -267,7 +441,7 @@ class StageNet:
             expires_at_ms=now + 120_000,
             stages=tuple(TicketStage(each, Ask(per_job=10)) for each in ranges),
         )
-        return sign_ticket(Ticket(**{**fields, **changes}), COORDINATOR)  # type: ignore[arg-type]
+        return sign_ticket(Ticket(**{**fields, **changes}), signer)  # type: ignore[arg-type]
 
     async def ring(self, stages: int, row_s: float = 0.0) -> tuple[list[Island], EchoDriver]:
         """Islands that hold one layer each; the last one drives."""

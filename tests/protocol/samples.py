@@ -223,7 +223,7 @@ JOB_MESSAGES: tuple[Any, ...] = (
     ),
     messages.JobFailed(1, Code.NO_CAPACITY, "full"),
     messages.JobCancel(1),
-    messages.RouteBroken(1, 0, Code.LINK_LOST, "stage 0 is gone"),
+    messages.RouteBroken(1, 0, BOOT_MS, Code.LINK_LOST, "stage 0 is gone"),
     messages.RouteMended(1, b"ticket"),
 )
 ADS_MESSAGES: tuple[Any, ...] = (

@@ -23,8 +23,9 @@ from random import Random
 
 from protocol.activations import TOKEN_BYTES
 from protocol.errors import Code, Refused
+from protocol.kept_rows import KeptRows, fill_frames
 from protocol.stage_messages import RowsWanted, SequenceEnd, SequenceOpen, Span, StageFault, StageRows
-from protocol.stages import Action, Back, Compute, Copy, Cut, Forward, KeptRows, StageMachine, fill_frames
+from protocol.stages import Action, Back, Compute, Copy, Cut, Forward, StageMachine
 
 ROW_BYTES = 8
 _PRIME = 2**61 - 1
@@ -192,6 +193,7 @@ class Plan:
     forks: float = 0.3
     cancels: float = 0.01
     room: int = 0
+    window: int = 0  # rows that a stage asks for at a time, where not as many as the limits say
     whole: bool | None = None  # every link is new after a fault; None: by chance
 
 
@@ -221,6 +223,8 @@ class Ring:
         engine = FakeEngine(index)
         room = self.plan.room or self.plan.slots
         machine = StageMachine(TOKEN_BYTES if index == 0 else ROW_BYTES, ROW_BYTES, room, 64 * room)
+        if self.plan.window:
+            machine._window = self.plan.window
         return Stage(machine, engine, engines=[engine])
 
     # -- links and stages
@@ -313,8 +317,8 @@ class Ring:
     def _open_one(self) -> None:
         job = self.waiting.pop(0) if self.waiting else self._new_job()
         source = job.source
-        if source is not None and (self.open.get(source.number) is not source or source.launched < job.shared):
-            source = None  # it is over, or another driver has not got so far: all rows are sent
+        if source is not None and not self._is_shared(source, job):
+            source = None  # all rows are sent
         self.last_number += 1
         job.source, job.number = source, self.last_number
         job.launched = job.landed = job.shared if source is not None else 0
@@ -322,6 +326,11 @@ class Ring:
         job.kept = KeptRows(TOKEN_BYTES, source.kept if source is not None else None, job.launched)
         self.open[job.number] = self.known[job.number] = job
         self._say_open(job)
+
+    def _is_shared(self, source: Job, job: Job) -> bool:
+        """Another driver may not have got so far, or have gone on with other tokens than those that the fork was made of."""
+        is_open = self.open.get(source.number) is source and source.launched >= job.shared
+        return is_open and source.tokens[: job.shared] == job.tokens[: job.shared]
 
     def _say_open(self, job: Job) -> None:
         source, shared = (job.source.number, job.shared) if job.source is not None else (0, 0)
@@ -554,3 +563,28 @@ class Ring:
         flights = [flight.spans for flight in self.flights.values()]
         machines = [stage.machine for stage in self.stages]
         return f"<Ring {self.plan}: {len(self.open)} open, {len(self.waiting)} wait, under way {flights}, {machines}>"
+
+
+# ---- for tests of one stage by hand
+
+
+def opening(number: int, declared: int = 32, keep: int = 0, source: int = 0, shared: int = 0) -> SequenceOpen:
+    return SequenceOpen(number, declared, min(keep, declared), source, shared, b"ticket")
+
+
+def rows(step: int, *spans: tuple[int, int, int], fill: bool = False) -> StageRows:
+    made = tuple(Span(*span) for span in spans)
+    return StageRows(0 if fill else step, made, fill, rows=b"".join(row(s.sequence, p) for s in made for p in range(s.position, s.end)))
+
+
+def row(sequence: int, position: int) -> bytes:
+    return pack([1000 * sequence + position])
+
+
+def forwarded(actions: list[Action]) -> list[StageRows]:
+    return [action.message for action in actions if isinstance(action, Forward) and isinstance(action.message, StageRows)]
+
+
+def asked(actions: list[Action]) -> list[tuple[int, int, int]]:
+    wants = [action.message for action in actions if isinstance(action, Back)]
+    return [(message.sequence, message.low, message.high) for message in wants]

@@ -40,7 +40,7 @@ def message(kind: type[Any], job: int = 1, step: int = 0, tokens: int = 1) -> An
         JobDone: lambda: JobDone(job, FinishReason.STOP, "", 3, 0, step, 1, 1, b""),
         JobFailed: lambda: JobFailed(job, Code.INTERNAL, "broke"),
         JobCancel: lambda: JobCancel(job),
-        RouteBroken: lambda: RouteBroken(job, 0, Code.LINK_LOST, "stage 0 is gone"),
+        RouteBroken: lambda: RouteBroken(job, 0, 1, Code.LINK_LOST, "stage 0 is gone"),
         RouteMended: lambda: RouteMended(job, b"ticket"),
     }
     return made[kind]()

@@ -112,7 +112,7 @@ WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
     "ShardHeld": {"shard_hash": HASH, "sequence": SEQUENCE},
     "HoldRefused": {"code": CODE, "message": (*NO_TEXT, LONG)},
     "DropShard": {"content_hash": HASH, "layers": LAYERS},
-    "RouteBroken": {"job": SEQUENCE, "index": INDEX, "code": CODE, "message": LINE},
+    "RouteBroken": {"job": SEQUENCE, "index": INDEX, "boot": SEQUENCE, "code": CODE, "message": LINE},
     "RouteMended": {"job": SEQUENCE, "ticket": TICKET},
     "JobDone": {
         "stages": (

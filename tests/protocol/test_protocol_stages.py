@@ -11,11 +11,12 @@ import pytest
 
 from protocol import limits
 from protocol.errors import Code, Refused, RemoteProtocolError
-from protocol.stage_messages import RowsWanted, SequenceOpen, Span, StageRows, StageTime
-from protocol.stages import Action, Back, Compute, Copy, Cut, Forward, KeptRows, StageMachine, fill_frames
-from tests.protocol.stage_sim import Plan, Ring, pack, ring_rows
+from protocol.kept_rows import KeptRows, fill_frames
+from protocol.stage_messages import RowsWanted, Span, StageRows, StageTime
+from protocol.stages import Action, Back, Compute, Copy, Cut, Forward, StageMachine
+from tests.protocol.stage_sim import Plan, Ring, asked, forwarded, opening, ring_rows, row, rows
 
-SEEDS, SOAK_SEEDS = 50, 4000
+SEEDS, SOAK_SEEDS = 50, 2000
 
 NO_FAULT = Plan(0, cancels=0.0)  # an engine gives up no sequence with rows under way
 PLANS = {
@@ -28,6 +29,7 @@ PLANS = {
     "doubles": Plan(0, doubles=0.2),
     "tight": Plan(0, jobs=12, slots=6, room=4, faults=2),
     "two at once": Plan(0, faults=2, kinds=("stage", "engine"), doubles=0.05),
+    "a few rows at a time": Plan(0, jobs=12, slots=5, faults=5, forks=0.5, cancels=0.03, window=3),
     "everything": Plan(0, jobs=12, slots=5, faults=7, doubles=0.1, forks=0.5, cancels=0.03),
 }
 
@@ -120,27 +122,14 @@ def test_an_engine_that_comes_back_computes_only_sequences_that_go_on() -> None:
         ring = ran(dataclasses.replace(PLANS["engine"], faults=1, forks=0.0, cancels=0.0), seed)
         for index, stage in enumerate(ring.stages):
             before, after = stage.engines[0].answered, set(stage.engines[-1].computed)
-            for rows in (job.expected[index] for job in ring.finished if len(stage.engines) > 1):
-                if after & before & set(rows):
+            for whole in (job.expected[index] for job in ring.finished if len(stage.engines) > 1):
+                if after & before & set(whole):
                     again += 1
-                    assert set(rows) <= after and not set(rows) <= before, "nobody needed these rows"
+                    assert set(whole) <= after and not set(whole) <= before, "nobody needed these rows"
     assert again > SEEDS // 4
 
 
 # ---- one stage by hand
-
-
-def opening(number: int, declared: int = 32, keep: int = 0, source: int = 0, shared: int = 0) -> SequenceOpen:
-    return SequenceOpen(number, declared, min(keep, declared), source, shared, b"ticket")
-
-
-def rows(step: int, *spans: tuple[int, int, int], fill: bool = False) -> StageRows:
-    made = tuple(Span(*span) for span in spans)
-    return StageRows(0 if fill else step, made, fill, rows=b"".join(row(s.sequence, p) for s in made for p in range(s.position, s.end)))
-
-
-def row(sequence: int, position: int) -> bytes:
-    return pack([1000 * sequence + position])
 
 
 class Hand:
@@ -170,15 +159,6 @@ class Hand:
             else:
                 said.append(action)
         return said
-
-
-def forwarded(actions: list[Action]) -> list[StageRows]:
-    return [action.message for action in actions if isinstance(action, Forward) and isinstance(action.message, StageRows)]
-
-
-def asked(actions: list[Action]) -> list[tuple[int, int, int]]:
-    wants = [action.message for action in actions if isinstance(action, Back)]
-    return [(message.sequence, message.low, message.high) for message in wants]
 
 
 def test_the_next_row_is_computed_kept_and_passed_on() -> None:
@@ -464,6 +444,17 @@ def test_a_fork_outlives_its_source_and_an_engine() -> None:
     assert frame.rows == row(2, 6)
 
 
+def test_a_fork_of_a_lost_driver_copies_nothing_from_a_source_that_goes_on_with_other_rows() -> None:
+    hand = Hand()
+    hand.open(1, "source")
+    hand.open(2, "fork", source=1, shared=4)
+    hand.machine.orphan()
+    hand.open(1, "source", keep=2)
+    hand.settle(hand.give(rows(1, (1, 0, 4))))
+    hand.open(2, "fork", keep=4)
+    assert hand.give(rows(2, (2, 4, 1))) == [Back(RowsWanted(2, 0, 4))]
+
+
 # ---- engines
 
 
@@ -534,6 +525,16 @@ def test_a_batch_that_fails_takes_all_with_it_that_was_built_on_it() -> None:
     assert hand.machine.positions() == {"job 1": 2, "job 2": 1, "job 3": 2}
     assert [frame.step for frame in forwarded(hand.answer(other))] == [4]
     assert hand.machine.waiting == 0 and hand.machine.drop(failing.batch) == []
+
+
+def test_a_batch_that_fails_after_its_sequence_ended_harms_nobody_in_its_slot() -> None:
+    hand = Hand()
+    hand.open(1)
+    (failing,) = hand.give(rows(1, (1, 0, 2)))
+    hand.machine.end((1,))
+    hand.open(2)
+    hand.settle(hand.give(rows(2, (2, 0, 2))))
+    assert isinstance(failing, Compute) and hand.machine.drop(failing.batch) == []
 
 
 # ---- what is kept

@@ -236,7 +236,7 @@ def _job_message(said: Vector) -> Any:
         case "JobCancel":
             return messages.JobCancel(job)
         case "RouteBroken":
-            return messages.RouteBroken(job, 0, Code.LINK_LOST, "")
+            return messages.RouteBroken(job, 0, 1, Code.LINK_LOST, "")
         case "RouteMended":
             return messages.RouteMended(job, b"ticket")
     raise AssertionError(said)
