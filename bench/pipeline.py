@@ -27,7 +27,7 @@ import trio
 from bench import bars
 from node.control import ask_node
 from node.localnet import LocalNetwork
-from tests.node.stage_net import EchoDriver, StageNet, open_stage_net
+from tests.node.stage_net import EchoDriver, open_stage_net
 
 MODEL = "smollm2-135m"
 PROMPT = "Write a short story about an island."
@@ -309,4 +309,4 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"3 stages of 20 ms: one job {one:.1f} tokens/s, eight jobs {eight:.1f}"])
 
 
-__all__ = ["StageNet", "ask", "run", "table"]
+__all__ = ["ask", "run", "table"]

@@ -60,6 +60,7 @@ class Held:
     bytes_needed: int
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     loaded: trio.Event = field(default_factory=trio.Event)
+    gone: trio.Event = field(default_factory=trio.Event)
     what: tuple[str, int, int] = ("waiting", 0, 0)
     error: Refused | None = None
     shard_hash: str = ""
@@ -225,6 +226,7 @@ class ShardHolder:
         if held is None:
             raise Refused(Code.UNKNOWN_CARGO, f"layers {order.layers} are not held here")
         held.scope.cancel()
+        await held.gone.wait()  # its memory is free once that is said
 
     async def _hold(self, order: HoldShard, stream: FrameStream) -> None:
         held = self._find_or_begin(order)
@@ -245,6 +247,8 @@ class ShardHolder:
             raise Refused(Code.BAD_TICKET, "the plan has expired")
         held = self._held.get((order.manifest.model_sha256, order.layers))
         if held is not None:
+            if held.scope.cancel_called:
+                raise Refused(Code.DRAINING, f"layers {order.layers} are being dropped")
             if held.cells < order.cells:
                 raise Refused(Code.NO_CAPACITY, f"layers {order.layers} are held with {held.cells} KV cells, not {order.cells}")
             return held
@@ -303,6 +307,7 @@ class ShardHolder:
             self._held.pop(held.key, None)
             self._server.hosts.pop(held.key, None)
             self._server.drivers.pop(held.key, None)
+            held.gone.set()
             self._changed()
 
     async def _load(self, held: Held, stack: AsyncExitStack) -> None:

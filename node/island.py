@@ -323,9 +323,10 @@ class _Service:
         self._ads.fresh()
         with trio.move_on_after(limits.DRAIN_S) as scope:
             await self._jobs.wait_idle()
+            await self._stages.wait_idle()
             await trio.sleep(_LAST_WORDS_S)
         if scope.cancelled_caught:
-            log.warning("%d jobs did not finish within %.0f s", self._jobs.counts.running, limits.DRAIN_S)
+            log.warning("%d jobs, or jobs over stages here, did not finish within %.0f s", self._jobs.counts.running, limits.DRAIN_S)
 
     async def _refresh_ads(self) -> None:
         while True:

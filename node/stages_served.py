@@ -102,6 +102,11 @@ class StageServer:
     def __repr__(self) -> str:
         return f"<StageServer of {len(self.hosts)} stages and {len(self.drivers)} drivers>"
 
+    async def wait_idle(self) -> None:
+        """Returns when no stage here has a part in a running job."""
+        while any(host.is_working for host in self.hosts.values()):
+            await trio.sleep(_IDLE_POLL_S)
+
     async def serve(self, stream: FrameStream) -> None:
         """Handler of one stream. Raises LinkLost when it ends, RemoteProtocolError when the peer breaks the protocol."""
         with trio.fail_after(limits.HELLO_TIMEOUT_S):
@@ -177,6 +182,12 @@ class StageHost:
     @property
     def is_free(self) -> bool:
         return self._session is None
+
+    @property
+    def is_working(self) -> bool:
+        """Whether jobs run over this stage."""
+        session = self._session
+        return session is not None and session.up is not None and bool(session.machine.positions())
 
     def status(self) -> dict[str, Any]:
         """Counts for people and tests."""
@@ -446,6 +457,7 @@ class StageHost:
 
 
 _LAST_WORDS_S = 1.0
+_IDLE_POLL_S = 0.1
 
 
 class _Passed(Exception):

@@ -97,9 +97,11 @@ class Place:
         self.coordinator, self.island, self.stranger = hosts
         self.holder, self.loader, self.ads = holder, loader, ads
 
-    async def order(self, message: object, hello: Hello | None = None, sender: Host | None = None) -> list[Any]:
-        """All answers, the last one first to be looked at."""
-        heard: list[Any] = []
+    async def order(
+        self, message: object, hello: Hello | None = None, sender: Host | None = None, heard: list[Any] | None = None
+    ) -> list[Any]:
+        """All answers, in ``heard`` as they come."""
+        heard = [] if heard is None else heard
         sender = sender or self.coordinator
         await sender.connect(self.island.addresses()[0])
         with trio.fail_after(10):
@@ -161,8 +163,11 @@ async def place(folder: Path, memory_bytes: int = 2 * NEEDED, is_real: bool = Fa
             holder._load = loader.load  # type: ignore[method-assign]
         island.set_handler(HOLD_PROTOCOL, HOLD, holder.serve)
         await nursery.start(holder.run)
-        yield Place((coordinator, island, stranger), holder, loader, ads)
-        nursery.cancel_scope.cancel()
+        try:
+            yield Place((coordinator, island, stranger), holder, loader, ads)
+        finally:
+            loader.may_close.set()
+            nursery.cancel_scope.cancel()
 
 
 async def test_an_order_is_loaded_advertised_and_dropped(tmp_path: Path) -> None:
@@ -268,22 +273,16 @@ async def test_what_is_no_order_ends_the_stream(tmp_path: Path) -> None:
 async def test_the_same_order_twice_is_one_load_and_both_hear_how_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holding, "_PROGRESS_S", 0.01)
     async with place(tmp_path) as at, trio.open_nursery() as nursery:
-        answers: list[list[Any]] = []
-
-        async def one() -> None:
-            answers.append(await at.order(hold()))
-
-        nursery.start_soon(one)
-        nursery.start_soon(one)
+        answers: list[list[Any]] = [[], []]
+        for heard in answers:
+            nursery.start_soon(at.order, hold(), None, None, heard)
         await wait_until(lambda: at.holder.orders == 2 and at.loader.loads)
         (said,) = at.holder.status()
         assert said["state"] == "cutting" and at.holder.free_bytes == NEEDED and not at.holder.offers()
-        await trio.sleep(0.05)
+        await wait_until(lambda: all(HoldProgress("cutting", 3, 10) in heard for heard in answers))
         at.loader.go.set()
-        await wait_until(lambda: len(answers) == 2)
+        await wait_until(lambda: all(isinstance(heard[-1], ShardHeld) for heard in answers))
         assert len(at.loader.loads) == 1
-        for heard in answers:
-            assert isinstance(heard[-1], ShardHeld) and HoldProgress("cutting", 3, 10) in heard
         assert isinstance((await at.order(hold(cells=CELLS // 2)))[0], ShardHeld), "what is held already is answered at once"
         refusal = await at.refusal(hold(cells=CELLS + 1))
         assert refusal.code is Code.NO_CAPACITY and f"held with {CELLS} KV cells, not {CELLS + 1}" in refusal.message

@@ -9,6 +9,7 @@ import json
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -163,6 +164,30 @@ def test_too_long_is_refused_with_the_figures(two: Net) -> None:
     with pytest.raises(openai.APIStatusError) as caught:
         two.ask("word " * 3000, 100)
     assert caught.value.status_code == 400 and "context" in str(caught.value)
+
+
+def test_an_island_that_stops_in_order_finishes_what_runs_over_it(whole: Callable[..., str], tmp_path: Path) -> None:
+    with LocalNetwork(tmp_path) as network:
+        net = Net(network, 3, TWO_STAGES)
+        route = net.ask(tokens=8).route
+        codes: list[int] = []
+        threads: list[threading.Thread] = []
+
+        def stop(pieces: int) -> None:
+            if pieces == 10:
+                threads.append(threading.Thread(target=lambda: codes.append(net.node(route[0]).stop())))
+                threads[0].start()
+
+        answer = net.ask(watch=stop)
+        threads[0].join()
+        assert answer.text == whole() and codes == [0] and answer.metadata["stages_replaced"] == 0
+        assert net.ask().text == whole(), "and another Island has its place"
+
+
+def test_smaller_activations_are_the_operators_choice(tmp_path: Path) -> None:
+    with LocalNetwork(tmp_path) as network:
+        net = Net(network, 2, TWO_STAGES, "--activations", "int8")
+        assert "Paris" in net.ask("What is the capital of France?", 12).text
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

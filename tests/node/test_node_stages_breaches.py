@@ -384,24 +384,24 @@ async def test_words_about_nothing_change_nothing(message: object) -> None:
         assert place.came == [0.0, 0.0] and not place.driver.broken and not place.driver.failed
 
 
+@pytest.mark.parametrize("sequence", [0, 1])
 @pytest.mark.parametrize("index", [3, 7])
-async def test_a_first_stage_that_names_a_stage_that_is_not_there(index: int) -> None:
-    for sequence in (0, 1):
-        async with open_stage_net() as net, trio.open_nursery() as nursery:
-            route, driver = await net.ring(3)
-            good = route[0]
-            route[0] = await net.island()
-            fake = FakeStage(route[0], route[1])
-            number = driver.begin(1, net.ticket(route, "job-1"))
-            came = driver.step_nowait(nursery, (number, 0, [1, 2]))
-            await wait_until(lambda: fake.all(StageRows))  # noqa: B023
-            await fake.up.send(StageFault(index, sequence, Code.INTERNAL, "x"))
-            await wait_until(lambda: driver.broken)  # noqa: B023
-            assert driver.broken[0][0] == 0 and not driver.failed
-            route[0] = good
-            driver.driver.mended(1, net.ticket(route, "job-1"))
-            await wait_until(lambda: came)  # noqa: B023
-            assert came == expected_rows([1, 2], 2)
+async def test_a_first_stage_that_names_a_stage_that_is_not_there(index: int, sequence: int) -> None:
+    async with open_stage_net() as net, trio.open_nursery() as nursery:
+        route, driver = await net.ring(3)
+        good = route[0]
+        route[0] = await net.island()
+        fake = FakeStage(route[0], route[1])
+        number = driver.begin(1, net.ticket(route, "job-1"))
+        came = driver.step_nowait(nursery, (number, 0, [1, 2]))
+        await wait_until(lambda: fake.all(StageRows))
+        await fake.up.send(StageFault(index, sequence, Code.INTERNAL, "x"))
+        await wait_until(lambda: driver.broken)
+        assert driver.broken[0][0] == 0 and not driver.failed
+        route[0] = good
+        driver.driver.mended(1, net.ticket(route, "job-1"))
+        await wait_until(lambda: came)
+        assert came == expected_rows([1, 2], 2)
 
 
 async def test_what_comes_over_an_older_opening_is_not_heard() -> None:
