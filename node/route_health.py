@@ -54,6 +54,7 @@ class RouteHealth:
         self._asked_s = 0.0
         self._reports: dict[int, StageReport] = {}
         self._before: dict[int, StageReport] = {}
+        self._swallowed = 0
 
     def __repr__(self) -> str:
         return f"<RouteHealth after {self._probe} probes, {len(self._speeds)} stages known>"
@@ -103,4 +104,14 @@ class RouteHealth:
             before = self._before.get(index)
             if report.busy_us / 1e6 > limit_s and before is not None and before.batches == report.batches:
                 return Suspect(index, f"its engine has worked on one batch for {report.busy_us / 1e6:.0f} s")
-        return None
+        return self._swallower(route)
+
+    def _swallower(self, route: Sequence[str]) -> Suspect | None:
+        """All say twice that they have nothing to do, and a step is away: one has lost it and does not say so. Each is suspected in turn."""
+        stages = range(len(route) - 1)
+        pairs = [(self._before.get(index), self._reports.get(index)) for index in stages]
+        for before, now in pairs:
+            if before is None or now is None or now.waiting or now.busy_us or before.batches != now.batches:
+                return None
+        self._swallowed += 1
+        return Suspect((self._swallowed - 1) % len(pairs), "a step is lost and no stage says that it has it")

@@ -185,13 +185,20 @@ class Engine:
         """
         events = Events()
         self._admit(events)
-        self._is_stuck = True
-        while len(self._flights) < self._flights_max() and self._launch():
-            self._is_stuck = False
+        self._is_stuck = not self._launch_all()
         while (landed := self._layers.collect()) is not None:
             self._land(landed, events)
             self._is_stuck = False
+        if self._layers.stages > 1:
+            self._launch_all()  # before anybody is told what has landed: the other stages wait for it
         return events
+
+    def _launch_all(self) -> bool:
+        """Whether any step was begun."""
+        before = self.steps
+        while len(self._flights) < self._flights_max() and self._launch():
+            pass
+        return self.steps > before
 
     def _flights_max(self) -> int:
         """Two more than stages: what travels between them keeps none busy."""

@@ -1,16 +1,14 @@
 """The worker of a stage that is not the last: batches of rows in, hidden states out. Used by worker.py, whose process it lives in.
 
-Two threads: the reader puts what comes into the inbox, the main thread computes. Batches of several frames and jobs that wait together
+One thread: a hand-over between two would cost each token the time of a wake-up. Batches of several frames and jobs that wait together
 are computed in one call; those that only decode go before prompts, so that nobody who reads waits for somebody else's prompt, but never
 before a batch with rows of the same sequence. Copies and cuts keep their place between batches.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +23,13 @@ from runtimes.gguf.messages import Batch, BatchDone, BatchFailed, CopyCells, Cut
 class StageLink(Protocol):
     def send(self, *messages: object) -> None: ...
 
-    def receive(self) -> Any: ...
+    def receive(self) -> Any:
+        """Waits for a message."""
+        ...
+
+    def receive_nowait(self) -> Any:
+        """None where there is no message yet."""
+        ...
 
 
 class LoadedStage:
@@ -94,11 +98,10 @@ def _once_each(items: Sequence[Any], chosen: list[int]) -> list[int]:
 
 
 class StageWorker:
-    """Reader and loop over one loaded stage."""
+    """The loop over one loaded stage."""
 
-    def __init__(self, link: StageLink, loaded: LoadedStage, on_error: Callable[[], None] | None = None) -> None:
-        self._link, self._loaded, self._on_error = link, loaded, on_error
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    def __init__(self, link: StageLink, loaded: LoadedStage) -> None:
+        self._link, self._loaded = link, loaded
         self._items: list[Any] = []
 
     def __repr__(self) -> str:
@@ -107,26 +110,17 @@ class StageWorker:
     def run(self) -> None:
         """Says that it is ready and computes until the end of the process, which the end of the stream brings."""
         self._link.send(self._loaded.ready)
-        threading.Thread(target=self._read, name="reader", daemon=True).start()
         while True:
             self.turn()
 
-    def _read(self) -> None:
-        while True:
-            message = self._link.receive()
-            if not isinstance(message, Batch | CopyCells | CutCells):
-                raise ConfigError(f"the worker of a stage has no use for {type(message).__name__}")
-            self._inbox.put(message)
-
     def turn(self) -> None:
         """Takes what has come, waits where nothing has, and does what is next."""
-        while True:
-            try:
-                self._items.append(self._inbox.get(block=not self._items))
-            except queue.Empty:
-                break
-            if self._inbox.empty():
-                break
+        message = self._link.receive_nowait() if self._items else self._link.receive()
+        while message is not None:
+            if not isinstance(message, Batch | CopyCells | CutCells):
+                raise ConfigError(f"the worker of a stage has no use for {type(message).__name__}")
+            self._items.append(message)
+            message = self._link.receive_nowait()
         chosen = next_group(self._items, self._loaded.rows_max)
         group = [self._items[index] for index in chosen]
         for index in sorted(chosen, reverse=True):

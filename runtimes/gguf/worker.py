@@ -1,7 +1,8 @@
 """The worker process: ``python -m runtimes.gguf.worker FD`` with one end of a socket pair.
 
 Two threads. The reader takes frames from the node, prepares jobs (template, tokens) and puts them into the inbox; the main thread runs
-the engine: take the inbox, one step, send what it gave. Preparing runs while llama.cpp computes, since that releases the GIL.
+the engine: take the inbox, one step, send what it gave. Preparing runs while llama.cpp computes, since that releases the GIL. The driver of
+a pipeline does both in one thread.
 
 It dies with its node, even on kill -9: the reader ends the process at the end of the stream, and where the kernel offers it
 (PR_SET_PDEATHSIG) the kernel does too. That signal comes when the *thread* that spawned us ends, so cargo.py spawns from trio's.
@@ -14,6 +15,7 @@ import faulthandler
 import os
 import queue
 import resource
+import select
 import signal
 import socket
 import sys
@@ -74,14 +76,31 @@ class Link:
     def receive(self) -> Any:
         """The next message. At the end of the stream the process ends at once, whatever it computes."""
         while not self._pending:
-            try:
-                data = self._sock.recv(_READ_BYTES)
-            except OSError:
-                data = b""
-            if not data:
-                os._exit(0)
-            self._pending.extend(self._decoder.feed(data))
+            self._fill(0)
         return self._pending.pop(0)
+
+    def receive_nowait(self) -> Any:
+        """The next message, or None where none has come yet."""
+        if not self._pending:
+            self._fill(socket.MSG_DONTWAIT)
+        return self._pending.pop(0) if self._pending else None
+
+    def receive_within(self, timeout_s: float | None) -> Any:
+        """The next message, or None where none comes in time."""
+        if not self._pending and timeout_s is not None and not select.select([self._sock], [], [], timeout_s)[0]:
+            return None
+        return self.receive()
+
+    def _fill(self, flags: int) -> None:
+        try:
+            data = self._sock.recv(_READ_BYTES, flags)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            os._exit(0)
+        self._pending.extend(self._decoder.feed(data))
 
 
 class Worker:
@@ -90,12 +109,16 @@ class Worker:
     def __init__(self, link: Link, loaded: Loaded) -> None:
         self._link, self._loaded = link, loaded
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        # Who drives a pipeline waits for other stages anyway, and each token waits for it: a hand-over between threads would cost more
+        # than preparing jobs between steps.
+        self._is_driver = loaded.ring is not None
         self._room: Room | None = None
         self._said_s = 0.0
 
     def run(self) -> None:
         """Never returns: the end of the stream ends the process."""
-        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        if not self._is_driver:
+            threading.Thread(target=self._read, name="reader", daemon=True).start()
         try:
             while True:
                 self.turn()
@@ -125,6 +148,12 @@ class Worker:
     def _take(self, block: bool) -> None:
         """Hands what has come to the engine; waits for something when there is nothing to compute."""
         timeout_s = None if self._loaded.engine.is_idle else _HEARTBEAT_S
+        if self._is_driver:
+            message = self._link.receive_within(timeout_s) if block else self._link.receive_nowait()
+            while message is not None:
+                self._receive(message)
+                message = self._link.receive_nowait()
+            block = False
         while True:
             try:
                 item = self._inbox.get(block, timeout_s)

@@ -62,6 +62,34 @@ def test_the_first_that_does_not_answer_is_frozen(answers: tuple[int, ...], susp
     assert suspect is not None or verdict == 2, "all are busy, and are asked again"
 
 
+def test_when_all_are_idle_and_a_step_is_away_each_is_suspected_in_turn() -> None:
+    health = RouteHealth()
+    blamed = []
+    for turn in range(4):
+        begun_s = 1000.0 + 100 * turn
+        probe = health.look(100.0, 0.0, begun_s, ROUTE)
+        for repeat in range(2):
+            assert isinstance(probe, int)
+            for index in range(3):
+                health.hear(report(probe, index, batches=7))
+            probe = health.look(100.0, 0.0, begun_s + (repeat + 1) * PROBE_S, ROUTE)
+        assert isinstance(probe, Suspect) and "a step is lost" in probe.message
+        blamed.append(probe.index)
+        health.forget()
+    assert blamed == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("change", [{"batches": 8}, {"waiting": 1}, {"busy_us": 5}])
+def test_who_does_something_has_not_lost_the_step(change: dict[str, int]) -> None:
+    health, now_s = asked()
+    for index in range(3):
+        health.hear(report(1, index, batches=7))
+    assert health.look(100.0, 0.0, now_s + PROBE_S, ROUTE) == 2
+    for index in range(3):
+        health.hear(StageReport(**{"probe": 2, "index": index, "batches": 7, "waiting": 0, "busy_us": 0, **(change if index == 1 else {})}))
+    assert health.look(100.0, 0.0, now_s + 2 * PROBE_S, ROUTE) == 3
+
+
 def test_answers_to_another_probe_do_not_count() -> None:
     health, now_s = asked()
     for index in range(3):

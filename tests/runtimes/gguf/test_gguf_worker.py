@@ -87,7 +87,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def made(engine: Engine) -> tuple[Worker, Talk]:
-    talk, loaded = Talk(), cast(Loaded, type("L", (), {"engine": engine}))
+    talk, loaded = Talk(), cast(Loaded, type("L", (), {"engine": engine, "ring": None}))
     return Worker(cast(Link, talk), loaded), talk
 
 
