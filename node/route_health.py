@@ -107,7 +107,7 @@ class RouteHealth:
         return self._swallower(route)
 
     def _swallower(self, route: Sequence[str]) -> Suspect | None:
-        """All say twice that they have nothing to do, and a step is away: one has lost it and does not say so. Each is suspected in turn."""
+        """All say twice that they have nothing to do, and a step is away: one has lost it in silence. Each is suspected in turn."""
         stages = range(len(route) - 1)
         pairs = [(self._before.get(index), self._reports.get(index)) for index in stages]
         for before, now in pairs:
