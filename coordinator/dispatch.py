@@ -87,6 +87,8 @@ class _Progress:
     workers_ended: int = 0
     opened: bool = False  # whether this attempt got as far as the Island
     served: bool = False  # whether it has brought anything
+    breaks: int = 0  # of the route, since it last brought a token
+    tokens_at_break: int = -1
     tokens_before: int = 0  # what was delivered before this attempt
     mended: int = 0
     unmended: bool = False  # whether this attempt ended since its route could not be mended
@@ -248,6 +250,12 @@ class Dispatcher:
         if self._pipelines is None:
             raise Refused(Code.INTERNAL, "an Island reports a broken route, and there are no pipelines")
         self.statistics.routes_broken += 1
+        progress.breaks = progress.breaks + 1 if len(progress.tokens) == progress.tokens_at_break else 1
+        progress.tokens_at_break = len(progress.tokens)
+        if progress.breaks > limits.JOB_ATTEMPTS_MAX:
+            progress.unmended = True
+            text = f"the route broke {progress.breaks} times without a token in between; the last time: {broken.message}"
+            raise Refused(Code.NO_ISLAND, text)
         try:
             mended = await self._pipelines.mend(candidate, broken)
         except Refused:

@@ -144,7 +144,7 @@ class StageWorker:
             return
         started = time.perf_counter()
         try:
-            hidden = self._loaded.stage.forward(_rows(good))
+            hidden = self._forward(_rows(good))
         except LlamaError as error:
             self._link.send(*(BatchFailed(batch.batch, Code.NO_CAPACITY, str(error)[:300]) for batch, _ in good))
             return
@@ -156,6 +156,18 @@ class StageWorker:
             answers.append(_answer(batch, hidden[at:end], compute_us, len(good)))
             at = end
         self._link.send(*answers)
+
+
+    def _forward(self, rows: Rows) -> Floats:
+        """In pieces where there are more rows than one call takes: rows that a neighbour had lost come in large frames."""
+        size = self._loaded.rows_max
+        if len(rows) <= size:
+            return self._loaded.stage.forward(rows)
+        pieces = [
+            Rows(rows.values[at : at + size], rows.positions[at : at + size], rows.sequences[at : at + size], rows.wanted[at : at + size])
+            for at in range(0, len(rows), size)
+        ]
+        return np.concatenate([self._loaded.stage.forward(piece) for piece in pieces])
 
 
 def _answer(batch: Batch, hidden: Floats, compute_us: int, together: int) -> object:

@@ -244,6 +244,14 @@ def test_a_call_in_which_all_are_bad_is_not_made() -> None:
     assert not bench.stage.calls and bench.answers(BatchFailed).keys() == {1}
 
 
+def test_a_frame_larger_than_a_call_is_computed_in_pieces() -> None:
+    count = 2 * ROWS_MAX + 3
+    bench = Bench(hidden_batch(1, (1, 0, count)))
+    bench.run()
+    assert [len(call) for call in bench.stage.calls] == [ROWS_MAX, ROWS_MAX, 3]
+    assert bench.answers(BatchDone)[1].rows == hidden_batch(1, (1, 0, count)).rows
+
+
 def test_a_call_that_fails_is_told_for_each_of_its_batches() -> None:
     bench = Bench(hidden_batch(1, (1, 0, 1)), hidden_batch(2, (2, 0, 1)))
     error = bench.stage.error = LlamaFull("no KV cells for 2 rows")
