@@ -12,22 +12,23 @@ break; it is mended once. Where that is impossible, the pipeline is given up, an
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import trio
 
 from coordinator.matching import Candidate, Refusal
-from coordinator.planning import Held, NoPlan, Plan, Site, plan
+from coordinator.planning import Held, NoPlan, Plan, PlannedStage, Site, plan
 from coordinator.planning import replace as replace_stage
+from coordinator.planning_ready import plan_ready_made, ready_chain
 from coordinator.ports import IslandPort
 from protocol import limits
 from protocol.ads import Ad, CargoOffer, ShardOffer
 from protocol.errors import ArchipelagError, Code, Refused
-from protocol.hold import HoldProgress, HoldShard
+from protocol.hold import DropShard, HoldProgress, HoldShard
 from protocol.messages import RouteBroken
-from protocol.shards import ShardManifest
+from protocol.shards import LayerRange, ShardManifest
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,8 @@ class Pipelines:
         self._pipelines: dict[str, Pipeline] = {}
         self._suspects: dict[tuple[str, int], float] = {}  # (Island, boot) -> trio time when it may be tried again
         self._slow: set[tuple[str, int]] = set()  # those among them that only were slow
+        self._cannot: set[tuple[str, int, str, LayerRange]] = set()  # (Island, boot, model, layers): it does not have that file
+        self._failed: dict[str, tuple[Refusal, float]] = {}  # model -> why its last plan failed, and until when that is told
         self._searched: dict[str, tuple[Any, Plan | NoPlan]] = {}  # model -> facts of its last search, and what was found
         self._nursery: trio.Nursery | None = None
         self.on_change: Callable[[], None] = lambda: None
@@ -133,7 +136,11 @@ class Pipelines:
         if pipeline is None or not (pipeline.is_working or pipeline.is_ready):
             found = self._plan(manifest, tokens)
             if isinstance(found, NoPlan):
+                failed, until_s = self._failed.get(name, (None, 0.0))  # what an Island said tells more than that nobody is left
+                if failed is not None and until_s > trio.current_time():
+                    return failed
                 return Refusal(found.code, found.message, is_lasting=True)
+            self._failed.pop(name, None)
             pipeline = self._pipelines[name] = Pipeline(manifest)
             self._start(self._load, pipeline, tokens)
         loading = ", ".join(f"{item.what} {item.done}/{item.total}" for item in pipeline.progress.values() if item.total)
@@ -215,11 +222,14 @@ class Pipelines:
     # -- tasks
 
     async def _load(self, pipeline: Pipeline, tokens: int) -> None:
+        taken: list[PlannedStage] = []  # by tries that failed elsewhere
         try:
             for _ in range(_PLANS_TRIED_MAX):
                 found = self._plan(pipeline.manifest, tokens)
                 if isinstance(found, NoPlan):
-                    pipeline.refusal = Refusal(found.code, found.message)
+                    told = f"; the last Island that was asked said: {pipeline.refusal.message}" if pipeline.refusal else ""
+                    pipeline.refusal = Refusal(found.code, found.message + told, is_lasting=True)
+                    self._failed[pipeline.manifest.name] = pipeline.refusal, trio.current_time() + _SUSPECT_S
                     return
                 self.planned += 1
                 log.info("plan for %s: %s", pipeline.manifest.name, "; ".join(found.reasons))
@@ -229,20 +239,36 @@ class Pipelines:
                     if len(found.stages) > 1:
                         pipeline.plan, pipeline.is_ready = _asked(found, pipeline.held), True
                     return  # a whole model is offered by its Island's own ad
+                taken += [found.stages[index] for index in pipeline.held if not found.stages[index].held]
         finally:
+            used = pipeline.plan.stages if pipeline.plan is not None and pipeline.is_ready else ()
+            kept = {(stage.island, stage.layers) for stage in used}
+            self._start(self._drop, pipeline.manifest, [stage for stage in taken if (stage.island, stage.layers) not in kept])
             self._end_task(pipeline)
 
     async def _mend(self, pipeline: Pipeline) -> None:
         before = pipeline.plan
         try:
-            with trio.move_on_after(limits.MEND_WAIT_S):
-                while lost := self._lost_stages(pipeline):
-                    await self._mend_stage(pipeline, lost[0])
-                pipeline.is_ready = True
-                pipeline.mended += pipeline.plan != before
-                self.mended += pipeline.plan != before
+            alone_s = trio.current_time()  # since when nobody could take a place: loading may take its time
+            while lost := self._lost_stages(pipeline):
+                if await self._mend_stage(pipeline, lost[0]):
+                    alone_s = trio.current_time()
+                elif trio.current_time() - alone_s > limits.MEND_WAIT_S - _SECOND_CHANCE_S:
+                    return
+            pipeline.is_ready = True
+            pipeline.mended += pipeline.plan != before
+            self.mended += pipeline.plan != before
         finally:
             self._end_task(pipeline)
+
+    async def _drop(self, manifest: ShardManifest, stages: Sequence[PlannedStage]) -> None:
+        """Gives memory back that a plan has taken for nothing. An Island that is away has given it back itself."""
+        for stage in stages:
+            with trio.move_on_after(limits.HELLO_TIMEOUT_S):
+                try:
+                    await self._port.drop_shard(stage.island, DropShard(manifest.model_sha256, stage.layers))
+                except Refused as refusal:
+                    log.debug("layers %s on %s are not dropped: %s", stage.layers, stage.island, refusal.message)
 
     def _end_task(self, pipeline: Pipeline) -> None:
         pipeline.is_working = False
@@ -253,11 +279,11 @@ class Pipelines:
         pipeline.tell()
         self.on_change()
 
-    async def _mend_stage(self, pipeline: Pipeline, index: int) -> None:
-        """One try; waits a little where there is nobody."""
+    async def _mend_stage(self, pipeline: Pipeline, index: int) -> bool:
+        """One try; waits a little where there is nobody. Whether an Island was asked to take the place."""
         old = pipeline.plan
         if old is None:
-            return
+            return False
         gone = old.stages[index]
         stages = list(old.stages)
         stages[index] = replace(gone, island="")  # the same Island may take its place again, as another run
@@ -267,17 +293,19 @@ class Pipelines:
             if (gone.island, gone.boot) in self._slow:  # slow is better than nothing
                 self._slow.discard((gone.island, gone.boot))
                 self._suspects.pop((gone.island, gone.boot), None)
-                return
+                return False
             pipeline.refusal = Refusal(found.code, found.message)
             with trio.move_on_after(_SECOND_CHANCE_S):
                 await self._port.wait_book_changed()
-                return
+                return False
             self._suspects.pop((gone.island, gone.boot), None)  # if it is still there, it may have been the link alone
-            return
+            return False
         stage = found.stages[index]
+        found = replace(found, reasons=(*old.reasons, f"island {stage.island} has taken layers {stage.layers} over from {gone.island}"))
         if await self._hold(pipeline, found, index):
             pipeline.plan = _asked(found, pipeline.held)
             log.info("pipeline of %s: Island %s takes layers %s", pipeline.manifest.name, stage.island, stage.layers)
+        return True
 
     async def _hold_all(self, pipeline: Pipeline, found: Plan) -> bool:
         held: list[bool] = []
@@ -308,7 +336,11 @@ class Pipelines:
             why = str(error) or "it takes too long"
             log.warning("Island %s does not hold layers %s of %s: %s", stage.island, stage.layers, pipeline.manifest.name, why)
             pipeline.refusal = Refusal(Code.NO_CAPACITY, f"layers {stage.layers} of {pipeline.manifest.name}: {why}")
-            self._suspects[stage.island, stage.boot] = trio.current_time() + _SUSPECT_S
+            is_file_missing = isinstance(error, Refused) and error.code is Code.UNKNOWN_CARGO
+            if is_file_missing and stage.layers in pipeline.manifest.shard_layers:
+                self._cannot.add((stage.island, stage.boot, pipeline.manifest.model_sha256, stage.layers))  # it may have another one
+            else:
+                self._suspects[stage.island, stage.boot] = trio.current_time() + _SUSPECT_S
             return False
         finally:
             pipeline.progress.pop(stage.island, None)
@@ -375,11 +407,28 @@ class Pipelines:
         context at most, and the Island counts."""
         tokens = min(tokens, manifest.context_tokens)
         sites, round_trips_s = self._sites(manifest), self._round_trips_s()
-        facts = (tokens, sites, round_trips_s)
+        facts = (tokens, sites, round_trips_s, len(self._cannot))
         known = self._searched.get(manifest.name)
         if known is None or known[0] != facts:
-            known = self._searched[manifest.name] = (facts, plan(manifest, sites, tokens, round_trips_s))
+            known = self._searched[manifest.name] = (facts, self._search(manifest, sites, tokens, round_trips_s))
         return known[1]
+
+    def _search(
+        self, manifest: ShardManifest, sites: list[Site], tokens: int, round_trips_s: dict[tuple[str, str], float]
+    ) -> Plan | NoPlan:
+        """Ready shards where there is nothing else, or where they cost no further hop; else wherever it is best to cut."""
+        if not ready_chain(manifest):
+            return plan(manifest, sites, tokens, round_trips_s)
+        runs = {(site.island, site.boot) for site in sites}
+        known = [entry for entry in self._cannot if entry[:2] in runs and entry[2] == manifest.model_sha256]
+        cannot = [(island, layers) for island, _, _, layers in known]
+        ready = plan_ready_made(manifest, sites, tokens, round_trips_s, cannot)
+        if not manifest.model_sources:
+            return ready
+        free = plan(manifest, sites, tokens, round_trips_s)
+        if isinstance(ready, Plan) and (isinstance(free, NoPlan) or len(ready.stages) <= len(free.stages)):
+            return ready
+        return free
 
     def _round_trips_s(self) -> dict[tuple[str, str], float]:
         return {(ad.peer, path.peer): path.round_trip_us / 1e6 for ad in self._ads() for path in ad.paths}

@@ -140,8 +140,8 @@ def plan(
     if not able:
         return _nobody(manifest, sites)
     some = _at_most(manifest, able, tokens)
-    fewest = _cells(tokens)
-    most = max(fewest, min(cells_wanted // CELLS_STEP * CELLS_STEP, _cells(manifest.context_tokens)))
+    fewest = cells_of(tokens)
+    most = max(fewest, min(cells_wanted // CELLS_STEP * CELLS_STEP, cells_of(manifest.context_tokens)))
     problem = _problem(manifest, some, tokens, fewest, most, round_trips_s)
     searcher = Searcher(problem)
     for stages in range(searcher.fewest(), manifest.max_shards + 1):
@@ -161,28 +161,30 @@ def replace(
     gone = old.stages[lost]
     in_route = {stage.island for stage in old.stages}
     able = [site for site in _sorted(sites) if not site.draining and site.island not in in_route]
-    layer_s = _layer_s(manifest, able)
+    layer_s = speeds(manifest, able)
     best: tuple[tuple[bool, int, int, str], Plan] | None = None
     for site in able:
         held = [held for held in site.held if held.layers == gone.layers and held.cells_free >= old.cells]
-        needed = predicted_bytes(manifest, gone.layers, old.cells, *_overheads(manifest, site, gone.layers))
+        needed = predicted_bytes(manifest, gone.layers, old.cells, *overheads(manifest, site, gone.layers))
         if not held and needed > site.memory_free_bytes:
             continue
         times = [held.token_s or len(gone.layers) * layer_s[site.island] for held in held]
         compute_s = min(times, default=len(gone.layers) * layer_s[site.island])
         stage = PlannedStage(site.island, site.boot, gone.layers, site.ask, bool(held), needed, compute_s)
         new = _replaced(old, lost, stage, round_trips_s)
-        key = (not held, round(new.token_s * 1e9), _price(site.ask), site.island)
+        key = (not held, round(new.token_s * 1e9), price_of_ask(site.ask), site.island)
         if best is None or key < best[0]:
             best = key, new
     return best[1] if best else _no_replacement(manifest, old, lost, able)
 
 
-def _cells(tokens: int) -> int:
+def cells_of(tokens: int) -> int:
+    """KV cells for so many positions."""
     return -(-max(1, tokens) // CELLS_STEP) * CELLS_STEP
 
 
-def _price(ask: Ask) -> int:
+def price_of_ask(ask: Ask) -> int:
+    """Of a typical job, in micro-credits."""
     return ask.price(TYPICAL_TOKENS, TYPICAL_MS)
 
 
@@ -218,7 +220,7 @@ def _kind(manifest: ShardManifest, layers: LayerRange) -> Literal[0, 1, 2]:
     return 2 if manifest.is_last(layers) else 0 if manifest.is_first(layers) else 1
 
 
-def _overheads(manifest: ShardManifest, site: Site, layers: LayerRange) -> tuple[int, int]:
+def overheads(manifest: ShardManifest, site: Site, layers: LayerRange) -> tuple[int, int]:
     """Bytes of compute buffers and of the process; the Island's own measure where it has one."""
     kind = _kind(manifest, layers)
     own = (held.compute_bytes for held in site.held if _kind(manifest, held.layers) == kind)
@@ -226,7 +228,7 @@ def _overheads(manifest: ShardManifest, site: Site, layers: LayerRange) -> tuple
     return compute_bytes, site.process_bytes or manifest.process_bytes(layers)
 
 
-def _layer_s(manifest: ShardManifest, sites: Sequence[Site]) -> dict[str, float]:
+def speeds(manifest: ShardManifest, sites: Sequence[Site]) -> dict[str, float]:
     """Seconds a layer for each Island: measured, else from a shard that it holds, else as long as the median; 0.0 if none is known."""
     known = {}
     for site in sites:
@@ -245,6 +247,11 @@ def _delay_s(one: str, other: str, round_trips_s: Mapping[tuple[str, str], float
     return max((value / 2 for value in given if math.isfinite(value) and value >= 0), default=DELAY_UNKNOWN_S)
 
 
+def ring_delay_s(islands: Sequence[str], round_trips_s: Mapping[tuple[str, str], float]) -> float:
+    """One-way delays of a lap, in seconds."""
+    return sum(_delay_s(*hop, round_trips_s) for hop in _ring(islands))
+
+
 def _ring(islands: Sequence[str]) -> Iterator[tuple[str, str]]:
     """The hops of one lap."""
     if len(islands) > 1:
@@ -260,7 +267,7 @@ def _problem(
     round_trips_s: Mapping[tuple[str, str], float],
 ) -> Problem:
     """The facts in numbers; ``sites`` are sorted."""
-    layer_s = _layer_s(manifest, sites)
+    layer_s = speeds(manifest, sites)
     timed = any(layer_s.values())
     total = manifest.total_layers
     shapes = [LayerRange(0, 1), LayerRange(1, max(2, total - 1)), LayerRange(total - 1, total), LayerRange(0, total)]
@@ -269,11 +276,11 @@ def _problem(
     places, options = [], []
     for index, site in enumerate(sites):
         first, middle, last, whole = (
-            manifest.shared_bytes + end + sum(_overheads(manifest, site, shape))
+            manifest.shared_bytes + end + sum(overheads(manifest, site, shape))
             for shape, end in zip(shapes, ends, strict=True)
         )
         layer_ns = max(1, round(layer_s[site.island] * 1e9)) if timed else 0
-        places.append(Place(site.memory_free_bytes, first, middle, last, whole, layer_ns, _price(site.ask)))
+        places.append(Place(site.memory_free_bytes, first, middle, last, whole, layer_ns, price_of_ask(site.ask)))
         if site.memory_free_bytes > 0:
             options.append(Option(index))
         for held in _of_use(manifest, site, tokens):
@@ -307,7 +314,7 @@ def _plan(manifest: ShardManifest, sites: Sequence[Site], problem: Problem, foun
     for option, low, high in zip(found.options, found.cuts, found.cuts[1:], strict=False):
         site, layers = sites[option.site], LayerRange(low, high)
         token_ns = option.token_ns if option.held else len(layers) * problem.places[option.site].layer_ns
-        needed = predicted_bytes(manifest, layers, found.cells, *_overheads(manifest, site, layers))
+        needed = predicted_bytes(manifest, layers, found.cells, *overheads(manifest, site, layers))
         stages.append(PlannedStage(site.island, site.boot, layers, site.ask, option.held, needed, token_ns / 1e9))
     indices = [option.site for option in found.options]
     wire_ns = int(problem.delays_ns[indices, [*indices[1:], indices[0]]].sum())
@@ -328,7 +335,7 @@ def _plan(manifest: ShardManifest, sites: Sequence[Site], problem: Problem, foun
 
 def _replaced(old: Plan, lost: int, stage: PlannedStage, round_trips_s: Mapping[tuple[str, str], float]) -> Plan:
     stages = (*old.stages[:lost], stage, *old.stages[lost + 1 :])
-    wire_s = sum(_delay_s(*hop, round_trips_s) for hop in _ring([stage.island for stage in stages]))
+    wire_s = ring_delay_s([stage.island for stage in stages], round_trips_s)
     token_s = sum(stage.compute_s for stage in stages) + wire_s
     how = "already holds" if stage.held else "loads"
     reasons = (
@@ -362,7 +369,7 @@ def _nobody(manifest: ShardManifest, sites: Sequence[Site]) -> NoPlan:
 
 def _too_small(manifest: ShardManifest, able: Sequence[Site], tokens: int) -> NoPlan:
     """Too little in sum, or enough in sum that cannot be cut; the message tells which."""
-    name, cells = manifest.name, _cells(tokens)
+    name, cells = manifest.name, cells_of(tokens)
     offering = [site for site in able if site.memory_free_bytes > 0]
     if not offering:
         text = (
@@ -371,7 +378,7 @@ def _too_small(manifest: ShardManifest, able: Sequence[Site], tokens: int) -> No
         return NoPlan(Code.NO_CAPACITY, text)
     together = sum(site.memory_free_bytes for site in offering)
     whole = LayerRange(0, manifest.total_layers)
-    needed = min(predicted_bytes(manifest, whole, cells, *_overheads(manifest, site, whole)) for site in offering)
+    needed = min(predicted_bytes(manifest, whole, cells, *overheads(manifest, site, whole)) for site in offering)
     have = "the only Island that offers memory has"
     if len(offering) > 1:
         have = f"the {len(offering)} Islands that offer memory have together"
@@ -381,7 +388,7 @@ def _too_small(manifest: ShardManifest, able: Sequence[Site], tokens: int) -> No
     covered = {number for site in able for held in _of_use(manifest, site, tokens) for number in _numbers(held.layers)}
     for number in sorted(set(_numbers(whole)) - covered):
         layer = LayerRange(number, number + 1)
-        needs = [(predicted_bytes(manifest, layer, cells, *_overheads(manifest, s, layer)), s) for s in offering]
+        needs = [(predicted_bytes(manifest, layer, cells, *overheads(manifest, s, layer)), s) for s in offering]
         if all(need > site.memory_free_bytes for need, site in needs):
             largest = max(site.memory_free_bytes for site in offering)
             least = min(need for need, _ in needs)
@@ -403,7 +410,7 @@ def _no_replacement(manifest: ShardManifest, old: Plan, lost: int, able: Sequenc
         manifest, layers, old.cells, manifest.measured_compute_bytes(layers), manifest.process_bytes(layers)
     )
     needed = min(
-        (predicted_bytes(manifest, layers, old.cells, *_overheads(manifest, site, layers)) for site in able),
+        (predicted_bytes(manifest, layers, old.cells, *overheads(manifest, site, layers)) for site in able),
         default=default,
     )
     text = f"nobody holds layers {layers} of {manifest.name}, and nobody offers the {needed} bytes to load them"

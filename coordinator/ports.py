@@ -1,4 +1,4 @@
-"""How the Coordinator reaches Islands: an interface of four methods that node implements over libp2p and tests with a fake network."""
+"""How the Coordinator reaches Islands: an interface of five methods that node implements over libp2p and tests with a fake network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from protocol.book import Book
-from protocol.hold import HoldProgress, HoldShard, ShardHeld
+from protocol.hold import DropShard, HoldProgress, HoldShard, ShardHeld
 from protocol.messages import JobAccepted, JobChunk, JobDone, RouteBroken
 
 
@@ -38,6 +38,10 @@ class IslandPort(Protocol):
 
     async def hold_shard(self, island: str, order: HoldShard, progress: Callable[[HoldProgress], None]) -> ShardHeld:
         """Has an Island load layers, and waits for it. Raises Refused with what the Island says, LINK_LOST where it cannot be reached."""
+        ...
+
+    async def drop_shard(self, island: str, order: DropShard) -> None:
+        """Has an Island give layers up, which then takes no memory any more. Raises Refused."""
         ...
 
     async def wait_book_changed(self) -> None:

@@ -35,7 +35,7 @@ from protocol import limits
 from protocol.ads import sign_lost
 from protocol.book import Book
 from protocol.errors import Code, LinkLost, Refused, RemoteProtocolError
-from protocol.hold import HOLD, HOLD_PROTOCOL, HoldProgress, HoldRefused, HoldShard, ShardHeld
+from protocol.hold import HOLD, HOLD_PROTOCOL, DropShard, HoldProgress, HoldRefused, HoldShard, ShardHeld
 from protocol.messages import ADS, ADS_PROTOCOL, PROTOCOL_VERSION, Hello, NodeRole
 from protocol.shards import ShardManifest
 from protocol.tickets import Delegation, network_id_of, sign_delegation
@@ -89,6 +89,18 @@ class NetworkPort:
             raise
 
     async def hold_shard(self, island: str, order: HoldShard, progress: Callable[[HoldProgress], None]) -> ShardHeld:
+        async with self._ordered(island, order) as stream:
+            return await self._wait_held(stream, progress)
+
+    async def drop_shard(self, island: str, order: DropShard) -> None:
+        async with self._ordered(island, order) as stream:
+            answer = await stream.receive()
+            if isinstance(answer, HoldRefused):
+                raise Refused(answer.code, answer.message)
+
+    @asynccontextmanager
+    async def _ordered(self, island: str, order: HoldShard | DropShard) -> AsyncIterator[FrameStream]:
+        """The stream on which the Island answers an order. Raises Refused(LINK_LOST)."""
         entry = self._keeper.book.entries.get(island)
         if entry is not None and island not in self._host.connected_peers():
             self._host.remember(island, entry.ad.addresses)
@@ -100,7 +112,7 @@ class NetworkPort:
                 await stream.send(order)
                 with trio.fail_after(limits.HELLO_TIMEOUT_S):
                     await stream.receive()  # its Hello
-                return await self._wait_held(stream, progress)
+                yield stream
         except (LinkLost, RemoteProtocolError, OSError, trio.TooSlowError) as error:
             raise Refused(Code.LINK_LOST, f"Island {island} does not take the order: {error or 'time-out'}") from error
 

@@ -323,6 +323,8 @@ class ShardHolder:
         context = store.obtain(held.manifest, held.layers, progress, cancelled.is_set)
         try:
             file = await trio.to_thread.run_sync(context.__enter__, abandon_on_cancel=True)
+        except ConfigError as error:  # without the file there is nothing to hold; this Island may have another one
+            raise Refused(Code.UNKNOWN_CARGO, str(error)[: limits.TEXT_CHARS_MAX]) from error
         finally:
             cancelled.set()
         stack.push(partial(_leave, context))

@@ -541,7 +541,7 @@ class RouteDriver:
                 job.note(times, lap_us)
         if all(span.count == 1 for span in flight.spans):
             for index, (peer, time) in enumerate(zip(self.route, times, strict=False)):
-                if self._health.note(peer, time.compute_us / len(flight.spans)):
+                if self._health.note(peer, time.compute_us, len(flight.spans)):
                     self._broke(index, Code.NO_CAPACITY, f"it takes {limits.STAGE_SLOW_FACTOR:g} times as long as it did")
                     return
 

@@ -31,7 +31,7 @@ class Suspect:
 
 @dataclass(slots=True)
 class _Speed:
-    """Decoding time of one stage, a token: at its best, and now."""
+    """Decoding time of one stage: at its best, and now."""
 
     best_us: float = 0.0
     now_us: float = 0.0
@@ -49,7 +49,7 @@ class RouteHealth:
     """Of one route and its stages. Times of ``look`` in seconds."""
 
     def __init__(self) -> None:
-        self._speeds: dict[str, _Speed] = {}
+        self._speeds: dict[tuple[str, int], _Speed] = {}  # by peer and size of the batch, in powers of two
         self._probe = 0
         self._asked_s = 0.0
         self._reports: dict[int, StageReport] = {}
@@ -59,16 +59,19 @@ class RouteHealth:
     def __repr__(self) -> str:
         return f"<RouteHealth after {self._probe} probes, {len(self._speeds)} stages known>"
 
-    def note(self, peer: str, us: float) -> bool:
-        """A stage has decoded a token in so long. Whether it has been much slower than it was for many steps."""
-        if not self._speeds.setdefault(peer, _Speed()).note(us):
+    def note(self, peer: str, us: float, rows: int = 1) -> bool:
+        """A stage has decoded a batch of so many rows in so long. Whether it has been much slower than it was, with batches of about that
+        size, for many steps."""
+        key = peer, rows.bit_length()
+        if not self._speeds.setdefault(key, _Speed()).note(us):
             return False
-        del self._speeds[peer]  # it may be all there is: judged anew from here
+        for known in [known for known in self._speeds if known[0] == peer]:
+            del self._speeds[known]  # it may be all there is: judged anew from here
         return True
 
     def decode_us(self, peer: str) -> float:
-        """A token's time in a stage, lately; 0.0 unknown."""
-        return self._speeds[peer].now_us if peer in self._speeds else 0.0
+        """Time of a batch in a stage, lately, of the smallest kind that was seen; 0.0 unknown."""
+        return min(((key[1], speed.now_us) for key, speed in self._speeds.items() if key[0] == peer), default=(0, 0.0))[1]
 
     def forget(self) -> None:
         """The route is opened anew."""

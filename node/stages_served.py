@@ -181,7 +181,8 @@ class StageHost:
 
     @property
     def is_free(self) -> bool:
-        return self._session is None
+        """Whether another plan may have it: an idle route stays open, and gives way to a newer one."""
+        return not self.is_working
 
     @property
     def is_working(self) -> bool:
@@ -220,6 +221,8 @@ class StageHost:
             session.scope = scope
             try:
                 await self._link(session, stream, message)
+            except LinkLost as error:
+                log.info("stage %d of %s: the link was lost while it was opened: %s", message.index, self.facts.name, error)
             finally:
                 session.up = session.down = None
                 stream.abort()

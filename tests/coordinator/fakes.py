@@ -38,7 +38,7 @@ from protocol.generation import (
     pack_tokens,
     unpack_tokens,
 )
-from protocol.hold import HoldProgress, HoldShard, ShardHeld
+from protocol.hold import DropShard, HoldProgress, HoldShard, ShardHeld
 from protocol.messages import JobAccepted, JobChunk, JobDone, RouteBroken, StageUse
 from protocol.prices import Ask
 from protocol.receipts import RECEIPT_VERSION, Receipt, sign_receipt
@@ -197,6 +197,7 @@ class FakePort:
         self._book = Book(NETWORK)
         self._changed = trio.Event()
         self._sequence = 1000
+        self.drops: list[tuple[str, LayerRange]] = []
         for island in islands:
             self.advertise(island)
 
@@ -205,6 +206,12 @@ class FakePort:
 
     async def wait_book_changed(self) -> None:
         await self._changed.wait()
+
+    async def drop_shard(self, island: str, order: DropShard) -> None:
+        self.drops.append((island, order.layers))
+        it = self.islands[island]
+        it.shards.pop(order.layers, None)
+        self.advertise(it)
 
     async def hold_shard(self, island: str, order: HoldShard, progress: Callable[[HoldProgress], None]) -> ShardHeld:
         it = self.islands[island]

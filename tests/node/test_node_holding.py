@@ -491,5 +491,5 @@ def test_files_in_a_shard_dir_that_are_none(
 async def test_an_order_without_a_source_is_refused_by_the_real_loader(tiny: tuple[Path, ShardManifest], tmp_path: Path) -> None:
     async with place(tmp_path / "island", is_real=True) as at:
         refusal = await at.refusal(hold(LayerRange(0, 2), manifest=tiny[1]))
-        assert refusal.code is Code.NO_CAPACITY and "names no source that this Island may read" in refusal.message
+        assert refusal.code is Code.UNKNOWN_CARGO and "names no source that this Island may read" in refusal.message
         assert at.holder.free_bytes == 2 * NEEDED

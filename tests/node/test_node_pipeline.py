@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -21,9 +22,11 @@ import pytest
 
 from node.control import ask_node
 from node.localnet import LocalNetwork, LocalNode
+from runtimes.store import ModelStore
 
 MODEL = "smollm2-135m"
 TWO_STAGES, THREE_STAGES = "170M", "145M"  # too little for the whole, and for half of it
+LISTEN = "/ip4/127.0.0.1/tcp/0"
 STORY = "Write a short story about an island."
 
 
@@ -38,18 +41,22 @@ class Answer:
 class Net:
     """A Coordinator and Islands that offer memory."""
 
-    def __init__(self, network: LocalNetwork, islands: int, memory: str, *more: str) -> None:
+    def __init__(
+        self, network: LocalNetwork, islands: int, memory: str, *more: str, http: str = "127.0.0.1:0", listen: str = LISTEN
+    ) -> None:
         self.network = network
-        network.start_coordinator("127.0.0.1:0", *more)
+        network.start_coordinator(http, *more, listen=listen)
         nodes = [network.start_island(f"island-{n}", "--memory-limit", memory, "--threads", "1") for n in range(islands)]
         self.by_peer = {str(node.wait_ready()["peer_id"]): node for node in nodes}
         self.key = network.make_key()
         self.client = openai.OpenAI(base_url=network.url + "/v1", api_key=self.key, max_retries=0, timeout=120)
 
-    def ask(self, text: str = STORY, tokens: int = 60, watch: Callable[[int], None] = lambda pieces: None, **more: Any) -> Answer:
+    def ask(
+        self, text: str = STORY, tokens: int = 60, watch: Callable[[int], None] = lambda pieces: None, model: str = MODEL, **more: Any
+    ) -> Answer:
         messages: Any = [{"role": "system", "content": "You are a helpful AI assistant."}, {"role": "user", "content": text}]
         fields: dict[str, Any] = {"temperature": 0, "max_tokens": tokens, "stream_options": {"include_usage": True}} | more
-        raw = self.client.chat.completions.with_raw_response.create(model=MODEL, messages=messages, stream=True, **fields)
+        raw = self.client.chat.completions.with_raw_response.create(model=model, messages=messages, stream=True, **fields)
         answer = Answer(route=tuple(raw.headers["x-archipelag-route"].split(",")))
         pieces = 0
         for chunk in raw.parse():
@@ -182,6 +189,45 @@ def test_an_island_that_stops_in_order_finishes_what_runs_over_it(whole: Callabl
         threads[0].join()
         assert answer.text == whole() and codes == [0] and answer.metadata["stages_replaced"] == 0
         assert net.ask().text == whole(), "and another Island has its place"
+
+
+def test_a_shard_of_its_own_on_each_island_is_enough(whole: Callable[..., str], tmp_path: Path) -> None:
+    """A model that no catalogue knows: neither Island has the whole file, nor a source to fetch it from."""
+    model = ModelStore().fetch(MODEL).path
+    options: tuple[str, ...] = ("--shards", "2", "--name", "mine", "--out", str(tmp_path / "out"))
+    command = [sys.executable, "-m", "node", "cargo", "shard", str(model), *options]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    with LocalNetwork(tmp_path) as network:
+        net = Net(network, 0, "0", "--manifest", str(tmp_path / "out" / "mine.shards.json"))
+        for number, shard in enumerate(sorted((tmp_path / "out").glob("*.gguf"))):
+            folder = tmp_path / f"own-{number}"
+            folder.mkdir()
+            shard.rename(folder / shard.name)
+            options = ("--memory-limit", "190M", "--threads", "1", "--shard-dir", str(folder), "--cache-dir", str(folder / "cache"))
+            node = network.start_island(f"own-{number}-island", *options)
+            net.by_peer[str(node.wait_ready()["peer_id"])] = node
+        answer = net.ask(model="mine")
+        assert answer.text == whole() and len(answer.route) == 2
+
+
+def test_a_coordinator_that_restarts_uses_what_is_held(whole: Callable[..., str], tmp_path: Path) -> None:
+    ports = [free_port(), free_port()]
+    with LocalNetwork(tmp_path) as network:
+        net = Net(network, 2, TWO_STAGES, http=f"127.0.0.1:{ports[0]}", listen=f"/ip4/127.0.0.1/tcp/{ports[1]}")
+        route = net.ask(tokens=8).route
+        pids = {net.shard(peer)["pid"] for peer in route}
+        coordinator = network.coordinator
+        assert coordinator is not None
+        coordinator.kill()
+        coordinator.restart()
+        answer = net.ask()
+        assert answer.text == whole() and {net.shard(peer)["pid"] for peer in answer.route} == pids, "nothing was loaded again"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def test_smaller_activations_are_the_operators_choice(tmp_path: Path) -> None:
