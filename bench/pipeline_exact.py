@@ -14,7 +14,7 @@ from typing import Any
 from bench import bars
 from protocol.generation import GenerationRequest, Sampling
 from runtimes.store import ModelStore
-from tests.runtimes.gguf.test_gguf_ring import TOPICS, Cuts, Ring
+from tests.runtimes.gguf.ring import TOPICS, Cuts, Ring
 
 MODELS = {"smollm2-135m": (7, 20), "gemma3-270m": (5, 11)}
 TOKENS = 32

@@ -481,13 +481,8 @@ def _site(ad: Ad, offers: list[ShardOffer]) -> Site:
     held = tuple(
         Held(
             layers=offer.layers,
-            engine=offer.engine,
-            cells_total=offer.kv_tokens_total,
             cells_free=offer.kv_tokens_total if offer.is_free else 0,
-            weights_bytes=offer.weights_bytes,
-            kv_bytes_per_token=offer.kv_bytes_per_token,
             compute_bytes=offer.compute_bytes,
-            process_bytes=offer.process_bytes,
             token_s=offer.token_us / 1e6,
         )
         for offer in offers

@@ -11,7 +11,7 @@ Rules, in this order:
 2. Fewest stages to load: a route of shards that are held starts at once.
 3. Shortest predicted time of a token, then the lower ask for a typical job, then the names of the Islands.
 
-A route gets as many cells as fit in all its stages, up to what is wanted; memory is counted to the byte as ``predicted_bytes`` says.
+A route gets as many cells as fit in all its stages, up to what is wanted; memory is counted as ``manifest.stage_bytes`` says.
 Shards that are loaded anew may be cut anywhere; layers are shared out in proportion to the speed of the Islands, as far as memory beside
 these cells allows, so that all stages take equally long: one token gains nothing by that, but many jobs in the ring do.
 The search itself is in ``planning_search``; it is complete unless there are very many routes.
@@ -30,7 +30,7 @@ import numpy as np
 from coordinator.planning_search import CELLS_STEP, Found, Ints, Option, Place, Problem, Searcher
 from protocol import limits
 from protocol.errors import Code
-from protocol.prices import Ask
+from protocol.prices import Ask, sum_of_asks
 from protocol.shards import LayerRange, ShardManifest
 
 CELLS_WANTED = 4096
@@ -45,13 +45,8 @@ class Held:
     """A shard of this model that an Island has loaded and advertises. ``token_s``: measured time of a token in it, 0.0 unknown."""
 
     layers: LayerRange
-    engine: str
-    cells_total: int
     cells_free: int
-    weights_bytes: int
-    kv_bytes_per_token: int
     compute_bytes: int
-    process_bytes: int
     token_s: float
 
 
@@ -98,14 +93,8 @@ class Plan:
 
     @property
     def ask(self) -> Ask:
-        """What all stages want together, each part at most the largest price there is."""
-        asks = [stage.ask for stage in self.stages]
-        sums = (
-            sum(ask.per_job for ask in asks),
-            sum(ask.per_1k_output for ask in asks),
-            sum(ask.per_second for ask in asks),
-        )
-        return Ask(*(min(part, limits.PRICE_MICROS_MAX) for part in sums))
+        """What all stages want together."""
+        return sum_of_asks(stage.ask for stage in self.stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +103,6 @@ class NoPlan:
 
     code: Code
     message: str
-
-
-def predicted_bytes(
-    manifest: ShardManifest, layers: LayerRange, cells: int, compute_bytes: int, process_bytes: int
-) -> int:
-    """Memory of a stage. All but the last keep the hidden states that they sent, so that the next one can be replaced."""
-    kept = 0 if manifest.is_last(layers) else 4 * manifest.width
-    per_cell = manifest.kv_bytes_per_token(layers) + kept
-    return manifest.weights_bytes(layers) + per_cell * cells + compute_bytes + process_bytes
 
 
 def plan(
@@ -165,7 +145,7 @@ def replace(
     best: tuple[tuple[bool, int, int, str], Plan] | None = None
     for site in able:
         held = [held for held in site.held if held.layers == gone.layers and held.cells_free >= old.cells]
-        needed = predicted_bytes(manifest, gone.layers, old.cells, *overheads(manifest, site, gone.layers))
+        needed = manifest.stage_bytes(gone.layers, old.cells, *overheads(manifest, site, gone.layers))
         if not held and needed > site.memory_free_bytes:
             continue
         times = [held.token_s or len(gone.layers) * layer_s[site.island] for held in held]
@@ -314,12 +294,12 @@ def _plan(manifest: ShardManifest, sites: Sequence[Site], problem: Problem, foun
     for option, low, high in zip(found.options, found.cuts, found.cuts[1:], strict=False):
         site, layers = sites[option.site], LayerRange(low, high)
         token_ns = option.token_ns if option.held else len(layers) * problem.places[option.site].layer_ns
-        needed = predicted_bytes(manifest, layers, found.cells, *overheads(manifest, site, layers))
+        needed = manifest.stage_bytes(layers, found.cells, *overheads(manifest, site, layers))
         stages.append(PlannedStage(site.island, site.boot, layers, site.ask, option.held, needed, token_ns / 1e9))
     indices = [option.site for option in found.options]
     wire_ns = int(problem.delays_ns[indices, [*indices[1:], indices[0]]].sum())
     token_s = sum(stage.compute_s for stage in stages) + wire_ns / 1e9
-    whole = predicted_bytes(manifest, LayerRange(0, manifest.total_layers), problem.cells_least, 0, 0)
+    whole = manifest.stage_bytes(LayerRange(0, manifest.total_layers), problem.cells_least, 0, 0)
     count = len(stages)
     if count == 1:
         reasons = [f"1 stage: island {stages[0].island} has room for the whole model"]
@@ -378,7 +358,7 @@ def _too_small(manifest: ShardManifest, able: Sequence[Site], tokens: int) -> No
         return NoPlan(Code.NO_CAPACITY, text)
     together = sum(site.memory_free_bytes for site in offering)
     whole = LayerRange(0, manifest.total_layers)
-    needed = min(predicted_bytes(manifest, whole, cells, *overheads(manifest, site, whole)) for site in offering)
+    needed = min(manifest.stage_bytes(whole, cells, *overheads(manifest, site, whole)) for site in offering)
     have = "the only Island that offers memory has"
     if len(offering) > 1:
         have = f"the {len(offering)} Islands that offer memory have together"
@@ -388,7 +368,7 @@ def _too_small(manifest: ShardManifest, able: Sequence[Site], tokens: int) -> No
     covered = {number for site in able for held in _of_use(manifest, site, tokens) for number in _numbers(held.layers)}
     for number in sorted(set(_numbers(whole)) - covered):
         layer = LayerRange(number, number + 1)
-        needs = [(predicted_bytes(manifest, layer, cells, *overheads(manifest, s, layer)), s) for s in offering]
+        needs = [(manifest.stage_bytes(layer, cells, *overheads(manifest, s, layer)), s) for s in offering]
         if all(need > site.memory_free_bytes for need, site in needs):
             largest = max(site.memory_free_bytes for site in offering)
             least = min(need for need, _ in needs)
@@ -406,11 +386,9 @@ def _no_replacement(manifest: ShardManifest, old: Plan, lost: int, able: Sequenc
     if any(held.layers == layers for site in able for held in site.held):
         text = f"no capacity: no Island that holds layers {layers} of {manifest.name} has {old.cells} cells free"
         return NoPlan(Code.NO_CAPACITY, text)
-    default = predicted_bytes(
-        manifest, layers, old.cells, manifest.measured_compute_bytes(layers), manifest.process_bytes(layers)
-    )
+    default = manifest.stage_bytes(layers, old.cells)
     needed = min(
-        (predicted_bytes(manifest, layers, old.cells, *overheads(manifest, site, layers)) for site in able),
+        (manifest.stage_bytes(layers, old.cells, *overheads(manifest, site, layers)) for site in able),
         default=default,
     )
     text = f"nobody holds layers {layers} of {manifest.name}, and nobody offers the {needed} bytes to load them"

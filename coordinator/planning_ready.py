@@ -17,7 +17,6 @@ from coordinator.planning import (
     Site,
     cells_of,
     overheads,
-    predicted_bytes,
     price_of_ask,
     ring_delay_s,
     speeds,
@@ -85,8 +84,8 @@ def _room(manifest: ShardManifest, site: Site, layers: LayerRange, fewest: int, 
     free = max((held.cells_free for held in site.held if held.layers == layers), default=0)
     if free >= fewest:
         return min(most, max(fewest, free // CELLS_STEP * CELLS_STEP))
-    bare = predicted_bytes(manifest, layers, 0, *overheads(manifest, site, layers))
-    a_cell = predicted_bytes(manifest, layers, 1, 0, 0) - predicted_bytes(manifest, layers, 0, 0, 0)
+    bare = manifest.stage_bytes(layers, 0, *overheads(manifest, site, layers))
+    a_cell = manifest.stage_bytes(layers, 1, 0, 0) - manifest.stage_bytes(layers, 0, 0, 0)
     cells = (site.memory_free_bytes - bare) // max(1, a_cell) // CELLS_STEP * CELLS_STEP
     return min(most, cells) if cells >= fewest else 0
 
@@ -102,7 +101,7 @@ def _plan(
     stages = []
     for site, layers in zip(route, chain, strict=True):
         held = [held for held in site.held if held.layers == layers and held.cells_free >= cells]
-        needed = predicted_bytes(manifest, layers, cells, *overheads(manifest, site, layers))
+        needed = manifest.stage_bytes(layers, cells, *overheads(manifest, site, layers))
         compute_s = min((held.token_s for held in held if held.token_s), default=len(layers) * layer_s[site.island])
         stages.append(PlannedStage(site.island, site.boot, layers, site.ask, bool(held), needed, compute_s))
     wire_s = ring_delay_s([site.island for site in route], round_trips_s)

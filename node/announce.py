@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import trio
 
 from node.bookkeeper import BookKeeper, now_ms
+from node.greeting import answer_hello, exchange_hello
 from node.net.frames import FrameStream
 from node.net.host import Host
 from node.trust import CoordinatorAddress, Pins, resolve_coordinator
@@ -26,7 +27,6 @@ from protocol.errors import ArchipelagError, ConfigError, LinkLost, RemoteProtoc
 from protocol.messages import (
     ADS,
     ADS_PROTOCOL,
-    PROTOCOL_VERSION,
     AdAck,
     Announce,
     BookRequest,
@@ -68,18 +68,6 @@ class AdSource:
         while self.current is None or self.current is known:
             await self._changed.wait()
         return self.current
-
-
-async def exchange_hello(stream: FrameStream, hello: Hello, timeout_s: float = limits.HELLO_TIMEOUT_S) -> Hello:
-    """Says hello first. Raises RemoteProtocolError for another answer than a Hello of our version, TooSlowError."""
-    with trio.fail_after(timeout_s):
-        await stream.send(hello)
-        answer = await stream.receive()
-    if not isinstance(answer, Hello):
-        raise RemoteProtocolError(f"{stream.remote_peer} answered hello with {type(answer).__name__}")
-    if answer.version != PROTOCOL_VERSION:
-        raise RemoteProtocolError(f"{stream.remote_peer} speaks version {answer.version}, this node {PROTOCOL_VERSION}")
-    return answer
 
 
 class CoordinatorFinder:
@@ -230,12 +218,7 @@ class AdsServer:
 
     async def serve(self, stream: FrameStream) -> None:
         """Handler of one stream; raises what ends it."""
-        with trio.fail_after(limits.HELLO_TIMEOUT_S):
-            hello = await stream.receive()
-            if not isinstance(hello, Hello) or hello.version != PROTOCOL_VERSION:
-                raise RemoteProtocolError("the first message of an ads stream is a Hello of a version that both know")
-            ours = self._hello()
-            await stream.send(ours)
+        ours = await answer_hello(stream, self._hello)
         if ours.role is not NodeRole.COORDINATOR:
             await stream.send(Coordinators(self._coordinators()))
         self.sessions_open += 1

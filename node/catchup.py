@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import trio
 
-from node.announce import exchange_hello
 from node.bookkeeper import BookKeeper
+from node.greeting import exchange_hello
 from node.net.frames import FrameStream
 from node.net.host import Host
 from protocol import limits

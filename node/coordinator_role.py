@@ -22,6 +22,7 @@ from node.bookkeeper import BookKeeper, now_ms
 from node.catchup import CatchUp
 from node.control import serve_control
 from node.datadir import PEERS_FILE, DataDir
+from node.greeting import exchange_hello
 from node.holder import Links
 from node.island import peers_json
 from node.net.discovery import Discovery
@@ -108,10 +109,8 @@ class NetworkPort:
             with trio.fail_after(limits.HELLO_TIMEOUT_S):
                 stream = await self._host.open(island, HOLD_PROTOCOL, HOLD)
             async with stream:
-                await stream.send(self._hello())
+                await exchange_hello(stream, self._hello())
                 await stream.send(order)
-                with trio.fail_after(limits.HELLO_TIMEOUT_S):
-                    await stream.receive()  # its Hello
                 yield stream
         except (LinkLost, RemoteProtocolError, OSError, trio.TooSlowError) as error:
             raise Refused(Code.LINK_LOST, f"Island {island} does not take the order: {error or 'time-out'}") from error

@@ -6,8 +6,6 @@ temporary folder that goes with them; the model stays in the user's cache.
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import json
 import socket
 import tempfile
@@ -15,15 +13,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
-from urllib.parse import urlsplit
 
+from node.demo_client import MODEL, DemoFailed, chunks_of, open_answer, say, text_of
 from node.localnet import LocalNetwork
-from protocol.errors import ArchipelagError, ConfigError
+from protocol.errors import ConfigError
 from runtimes.store import ConsoleProgress, ModelStore
-
-MODEL = "smollm2-135m"
-SYSTEM = "You are a helpful AI assistant."  # with the template's own system prompt this model does not name Paris
-_ANSWER_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,38 +29,30 @@ class DemoConfig:
     http_chosen: bool = False  # the user named the port, so another one would be a surprise
 
 
-class DemoFailed(ArchipelagError):
-    """The demo's question got no answer."""
-
-
 def run_demo(config: DemoConfig, out: TextIO) -> None:
     """Raises DemoFailed, NodeFailed or ConfigError; Ctrl-C ends it in order."""
     started = time.monotonic()
-    _say(out, f"1/4 model {MODEL}")
+    say(out, f"1/4 model {MODEL}")
     with ConsoleProgress() as progress:
         ModelStore().fetch(MODEL, progress)
     with tempfile.TemporaryDirectory(prefix="archipelag-demo-") as folder, LocalNetwork(Path(folder)) as network:
-        _say(out, "2/4 Coordinator")
+        say(out, "2/4 Coordinator")
         network.start_coordinator(_free_address(config, out))
-        _say(out, f"3/4 {config.islands} Islands, each loading the model with one thread")
+        say(out, f"3/4 {config.islands} Islands, each loading the model with one thread")
         islands = _start_islands(config.islands, network)
         key = network.make_key()
-        _say(out, f"4/4 answer ({time.monotonic() - started:.1f} s after the start)\n")
+        say(out, f"4/4 answer ({time.monotonic() - started:.1f} s after the start)\n")
         _ask(network.url, key, config.prompt, islands, out)
         if not config.once:
             _stay(network, key, out)
-        _say(out, "\nstopping …")
-
-
-def _say(out: TextIO, text: str) -> None:
-    print(text, file=out, flush=True)
+        say(out, "\nstopping …")
 
 
 def _free_address(config: DemoConfig, out: TextIO) -> str:
     """The wanted address, or a free port where the default one is taken."""
     if config.http_chosen or _is_free(config.http):
         return config.http
-    _say(out, f"    {config.http} is taken, so a free port is used")
+    say(out, f"    {config.http} is taken, so a free port is used")
     return f"{config.http.rpartition(':')[0]}:0"
 
 
@@ -90,59 +76,30 @@ def _start_islands(count: int, network: LocalNetwork) -> dict[str, str]:
 
 def _ask(url: str, key: str, prompt: str, islands: dict[str, str], out: TextIO) -> None:
     """Streams the answer as it comes, then says who gave it."""
-    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
-    body = {
-        "model": MODEL,
-        "messages": messages,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=_ANSWER_TIMEOUT_S)
-    with contextlib.closing(connection):
-        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-        answer = connection.getresponse()
-        if answer.status != 200:
-            raise DemoFailed(f"the Coordinator answers {answer.status}: {answer.read(2000).decode(errors='replace')}")
-        island = answer.getheader("x-archipelag-island", "")
-        _say(out, f"> {prompt}")
-        last = _print_stream(answer, out)
-    _say(out, f"\n\nfrom {islands.get(island, 'an Island')} ({island})")
+    with open_answer(url, key, prompt, stream_options={"include_usage": True}) as response:
+        island = response.getheader("x-archipelag-island", "")
+        say(out, f"> {prompt}")
+        last: dict[str, Any] = {}
+        for last in chunks_of(response):
+            out.write(text_of(last))
+            out.flush()
+    say(out, f"\n\nfrom {islands.get(island, 'an Island')} ({island})")
     usage, metadata = last.get("usage") or {}, last.get("metadata") or {}
-    _say(
+    say(
         out,
         f"{usage.get('completion_tokens')} tokens, price {metadata.get('price')} credits, job {metadata.get('job_id')}",
     )
 
 
-def _print_stream(answer: http.client.HTTPResponse, out: TextIO) -> dict[str, Any]:
-    """Prints the text of an SSE stream; returns its last chunk. Raises DemoFailed for an error in the stream or a stream without end."""
-    last: dict[str, Any] = {}
-    for raw in answer:
-        line = raw.decode().strip()
-        if line == "data: [DONE]":
-            return last
-        if not line.startswith("data: "):
-            continue
-        last = json.loads(line[6:])
-        if "error" in last:
-            raise DemoFailed(f"the answer broke off: {last['error'].get('message')}")
-        for choice in last.get("choices", []):
-            out.write(choice["delta"].get("content") or "")
-            out.flush()
-    raise DemoFailed("the answer ended without [DONE]")
-
-
 def _stay(network: LocalNetwork, key: str, out: TextIO) -> None:
     url, nodes = network.url, network.nodes
     body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}], "stream": True})
-    _say(out, f"\nbase URL  {url}/v1\nAPI key   {key}\n")
-    _say(
+    say(out, f"\nbase URL  {url}/v1\nAPI key   {key}\n")
+    say(
         out,
         f"curl -N {url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' -d '{body}'\n",
     )
-    _say(out, "Ctrl-C stops the demo.")
+    say(out, "Ctrl-C stops the demo.")
     try:
         while all(node.running for node in nodes):
             time.sleep(0.5)

@@ -6,27 +6,23 @@ Everything runs for real: the model is cut into files, each node is its own ``ar
 
 from __future__ import annotations
 
-import contextlib
-import http.client
-import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any, TextIO
-from urllib.parse import urlsplit
 
-from node.demo import MODEL, SYSTEM, DemoFailed
+from node.demo_client import MODEL, DemoFailed, chunks_of, open_answer, say, text_of
 from node.localnet import LocalNetwork, LocalNode
 
 ISLANDS = 3
 MEMORY = "170M"  # each offers so much; the whole model needs some 260 MB with its cache, buffers and process
 _TOKENS = 90
 _KILL_AT = 30  # pieces of text
-_TIMEOUT_S = 180.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +43,17 @@ def run_pipeline_demo(config: PipelineDemo, out: TextIO) -> None:
     """Raises DemoFailed, NodeFailed or ConfigError; Ctrl-C ends it in order."""
     with tempfile.TemporaryDirectory(prefix="archipelag-demo-") as name, LocalNetwork(Path(name)) as network:
         shards = Path(name) / "shards"
-        _say(out, f"1/5 cut {MODEL} in two and check that the halves compute what the whole does")
+        say(out, f"1/5 cut {MODEL} in two and check that the halves compute what the whole does")
         _cut(shards, out)
-        _say(out, f"2/5 a Coordinator, and {ISLANDS} Islands that offer {MEMORY}B each: too little for the whole model")
+        say(out, f"2/5 a Coordinator, and {ISLANDS} Islands that offer {MEMORY}B each: too little for the whole model")
         network.start_coordinator("127.0.0.1:0", "--manifest", str(shards / f"{MODEL}.shards.json"))
         islands = _start_islands(network, shards)
         key = network.make_key()
-        _say(out, "3/5 an answer; the Coordinator plans the pipeline, and its Islands load their layers\n")
+        say(out, "3/5 an answer; the Coordinator plans the pipeline, and its Islands load their layers\n")
         first = _ask(network.url, key, config.prompt, out)
-        _say(out, f"\n\n    route: {_names(first.route, islands)}")
+        say(out, f"\n\n    route: {_names(first.route, islands)}")
         victim = islands[first.route[config.stage]]
-        _say(out, f"4/5 the same question; {victim.name} is killed in the middle\n")
+        say(out, f"4/5 the same question; {victim.name} is killed in the middle\n")
 
         def kill(pieces: int) -> None:
             if pieces == _KILL_AT:
@@ -65,15 +61,11 @@ def run_pipeline_demo(config: PipelineDemo, out: TextIO) -> None:
                 out.write(f" [{victim.name} is dead] ")
 
         second = _ask(network.url, key, config.prompt, out, kill)
-        _say(out, f"\n\n    route: {_names(second.route, islands)} at the start; {_end(second, islands)}")
-        _say(out, f"    the longest pause was {second.longest_gap_s:.2f} s")
+        say(out, f"\n\n    route: {_names(second.route, islands)} at the start; {_end(second, islands)}")
+        say(out, f"    the longest pause was {second.longest_gap_s:.2f} s")
         if second.text != first.text:
             raise DemoFailed("the second answer is another one")
-        _say(out, "5/5 both answers are the same, letter for letter\n\nstopping …")
-
-
-def _say(out: TextIO, text: str) -> None:
-    print(text, file=out, flush=True)
+        say(out, "5/5 both answers are the same, letter for letter\n\nstopping …")
 
 
 def _cut(folder: Path, out: TextIO) -> None:
@@ -83,7 +75,7 @@ def _cut(folder: Path, out: TextIO) -> None:
     if done.returncode:
         raise DemoFailed(f"the model could not be cut: {done.stdout[-500:]}")
     for line in done.stdout.splitlines():
-        _say(out, f"    {line}" if line.strip() else "")
+        say(out, f"    {line}" if line.strip() else "")
 
 
 def _start_islands(network: LocalNetwork, shards: Path) -> dict[str, LocalNode]:
@@ -104,32 +96,19 @@ def _end(answer: _Answer, islands: dict[str, LocalNode]) -> str:
 
 
 def _ask(url: str, key: str, prompt: str, out: TextIO, watch: Callable[[int], None] = lambda pieces: None) -> _Answer:
-    body = {
-        "model": MODEL,
-        "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}],
-        "temperature": 0,
-        "max_tokens": _TOKENS,
-        "stream": True,
-    }
     answer = _Answer()
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=_TIMEOUT_S)
-    with contextlib.closing(connection):
-        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-        response = connection.getresponse()
-        if response.status != 200:
-            raise DemoFailed(f"the Coordinator answers {response.status}: {response.read(2000).decode(errors='replace')}")
+    with open_answer(url, key, prompt, max_tokens=_TOKENS) as response:
         answer.route = tuple(response.getheader("x-archipelag-route", "").split(","))
-        _say(out, f"> {prompt}")
+        say(out, f"> {prompt}")
         _follow(response, answer, out, watch)
     return answer
 
 
-def _follow(response: http.client.HTTPResponse, answer: _Answer, out: TextIO, watch: Callable[[int], None]) -> None:
+def _follow(response: HTTPResponse, answer: _Answer, out: TextIO, watch: Callable[[int], None]) -> None:
     pieces, heard_s = 0, time.monotonic()
-    for chunk in _chunks(response):
+    for chunk in chunks_of(response):
         answer.metadata = chunk.get("metadata") or answer.metadata
-        text = "".join(choice["delta"].get("content") or "" for choice in chunk.get("choices", []))
+        text = text_of(chunk)
         if not text:
             continue
         now_s = time.monotonic()
@@ -139,17 +118,3 @@ def _follow(response: http.client.HTTPResponse, answer: _Answer, out: TextIO, wa
         out.write(text)
         out.flush()
         watch(pieces)
-
-
-def _chunks(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    """Raises DemoFailed for an error in the stream or a stream without end."""
-    for raw in response:
-        line = raw.decode().strip()
-        if line == "data: [DONE]":
-            return
-        if line.startswith("data: "):
-            chunk: dict[str, Any] = json.loads(line[6:])
-            if "error" in chunk:
-                raise DemoFailed(f"the answer broke off: {chunk['error'].get('message')}")
-            yield chunk
-    raise DemoFailed("the answer ended without [DONE]")

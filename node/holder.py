@@ -14,6 +14,7 @@ from typing import Any
 
 import trio
 
+from node.greeting import exchange_hello
 from node.net.frames import FrameStream
 from node.net.host import Host
 from node.outbox import Outbox
@@ -23,7 +24,6 @@ from protocol.jobs import JobState, JobStreams, Side
 from protocol.messages import (
     JOB,
     JOB_PROTOCOL,
-    PROTOCOL_VERSION,
     Hello,
     JobAccepted,
     JobCancel,
@@ -203,13 +203,9 @@ class Links:
         try:
             with trio.fail_after(limits.HELLO_TIMEOUT_S):
                 stream = await self._host.open(island, JOB_PROTOCOL, JOB)
-                await stream.send(self._hello())
-                answer = await stream.receive()
+                await exchange_hello(stream, self._hello())
         except (ArchipelagError, OSError, trio.TooSlowError) as error:
             raise Refused(Code.LINK_LOST, f"cannot reach Island {island}: {error or 'time-out'}") from error
-        if not isinstance(answer, Hello) or answer.version != PROTOCOL_VERSION:
-            stream.abort()
-            raise Refused(Code.LINK_LOST, f"Island {island} does not speak {JOB_PROTOCOL}")
         link = Link(stream)
         self._links[island] = link
         self.opened_total += 1

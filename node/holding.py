@@ -19,15 +19,16 @@ from typing import Any
 import trio
 
 from node.bookkeeper import now_ms
+from node.greeting import answer_hello
 from node.jobs_served import Terms
 from node.net.frames import FrameStream
 from node.route_driver import RouteDriver
 from node.stages_served import Neighbours, StageFacts, StageHost, StageServer
-from protocol import limits
+from protocol import checks, limits
 from protocol.ads import ShardOffer
 from protocol.errors import ArchipelagError, Code, ConfigError, Refused, RemoteProtocolError
 from protocol.hold import DropShard, HoldProgress, HoldRefused, HoldShard, ShardHeld
-from protocol.messages import PROTOCOL_VERSION, Hello
+from protocol.messages import Hello
 from protocol.prices import Ask
 from protocol.shards import LayerRange, ShardManifest
 from protocol.tickets import Ticket, TicketGuard, total_ask
@@ -52,7 +53,7 @@ class HoldSettings:
 
 @dataclass(eq=False)
 class Held:
-    """A shard on this Island; ``offer`` is None while it loads. ``cargo``: of a last stage or a whole model."""
+    """A shard on this Island. ``what``: what is being done while it loads; ``cargo``: of a last stage or a whole model."""
 
     manifest: ShardManifest
     layers: LayerRange
@@ -199,12 +200,8 @@ class ShardHolder:
 
     async def serve(self, stream: FrameStream) -> None:
         """Handler of one stream: one order."""
+        await answer_hello(stream, self._hello, self._check)
         with trio.fail_after(limits.HELLO_TIMEOUT_S):
-            hello = await stream.receive()
-            if not isinstance(hello, Hello) or hello.version != PROTOCOL_VERSION:
-                raise RemoteProtocolError("the first message of a hold stream is a Hello of a version that both know")
-            self._check(hello, stream.remote_peer)  # raises unless it is a Coordinator of our network
-            await stream.send(self._hello())
             order = await stream.receive()
         self.orders += 1
         try:
@@ -218,8 +215,7 @@ class ShardHolder:
         except Refused as refusal:
             self.refused += 1
             log.info("an order is refused: %s", refusal.message)
-            text = "".join(c if c.isprintable() else " " for c in refusal.message)
-            await stream.send(HoldRefused(refusal.code, text[: limits.TEXT_CHARS_MAX]))
+            await stream.send(HoldRefused(refusal.code, checks.made_printable(refusal.message)))
 
     async def _drop(self, order: DropShard) -> None:
         held = self._held.get((order.content_hash, order.layers))
@@ -232,7 +228,7 @@ class ShardHolder:
         held = self._find_or_begin(order)
         while not held.loaded.is_set():
             what, done, total = held.what
-            await stream.send(HoldProgress(what[: limits.NAME_CHARS_MAX], done, total))
+            await stream.send(HoldProgress(what, done, total))
             with trio.move_on_after(_PROGRESS_S):
                 await held.loaded.wait()
         if held.error is not None:
@@ -252,7 +248,7 @@ class ShardHolder:
             if held.cells < order.cells:
                 raise Refused(Code.NO_CAPACITY, f"layers {order.layers} are held with {held.cells} KV cells, not {order.cells}")
             return held
-        needed = self._bytes_needed(order)
+        needed = order.manifest.stage_bytes(order.layers, order.cells)
         if order.manifest.is_first(order.layers) and order.manifest.is_last(order.layers):
             needed = max(needed, self.free_bytes)  # a whole model makes cells of all that is left
         if needed > self.free_bytes:
@@ -266,12 +262,6 @@ class ShardHolder:
         held = self._held[order.manifest.model_sha256, order.layers] = Held(order.manifest, order.layers, order.cells, needed)
         self._nursery.start_soon(self._live, held)
         return held
-
-    def _bytes_needed(self, order: HoldShard) -> int:
-        """What the planner counts, without what only a process can tell (runtimes.gguf.budget)."""
-        from runtimes.gguf.budget import stage_bytes
-
-        return stage_bytes(order.manifest, order.layers, order.cells)
 
     def _note_change(self) -> None:
         self._changed()
@@ -317,7 +307,7 @@ class ShardHolder:
         cancelled = threading.Event()
 
         def progress(what: str, done: int, total: int | None) -> None:
-            held.what = ("".join(c if c.isprintable() else " " for c in what), done, total or 0)
+            held.what = (checks.made_printable(what, limits.NAME_CHARS_MAX), done, total or 0)
 
         started_s = trio.current_time()
         context = store.obtain(held.manifest, held.layers, progress, cancelled.is_set)
@@ -383,7 +373,7 @@ class ShardHolder:
             self._server.hosts[held.key] = held.host
             return
         cargo = held.engine = held.cargo = await stack.enter_async_context(opened(GgufCargo(order)))
-        driver = held.driver = RouteDriver(cargo, cargo.ready.engine, cargo.ready.width, self._neighbours)
+        driver = held.driver = RouteDriver(cargo, cargo.ready.width, self._neighbours)
         cargo.ring = driver
         self._server.drivers[held.key] = driver.serve_inbound
 
@@ -400,6 +390,3 @@ def _check_size(held: Held) -> None:
 
 def _leave(context: Any, kind: Any, error: Any, trace: Any) -> None:
     context.__exit__(kind, error, trace)
-
-
-__all__ = ["ConfigError", "HoldSettings", "ShardHolder"]

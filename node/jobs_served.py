@@ -15,12 +15,13 @@ from typing import Any, Protocol
 import trio
 
 from node.bookkeeper import now_ms
+from node.greeting import answer_hello
 from node.net.frames import FrameStream
 from node.outbox import Outbox
 from node.pipeline_job import PipelineJob
 from node.route_driver import RouteDriver
 from privacy.keys import NodeKey
-from protocol import limits
+from protocol import checks, limits
 from protocol.errors import Code, LinkLost, Refused, RemoteProtocolError
 from protocol.generation import GENERATION, FinishReason
 from protocol.jobs import JobState, JobStreams, Side
@@ -113,11 +114,7 @@ class JobServer:
 
     async def serve(self, stream: FrameStream) -> None:
         """Handler of one stream. Raises LinkLost when it ends, RemoteProtocolError when the peer breaks the protocol."""
-        with trio.fail_after(limits.HELLO_TIMEOUT_S):
-            hello = await stream.receive()
-            if not isinstance(hello, Hello) or hello.version != PROTOCOL_VERSION:
-                raise RemoteProtocolError("the first message of a job stream is a Hello of a version that both know")
-            await stream.send(self._hello())
+        await answer_hello(stream, self._hello)
         await _Session(self, stream).run()
 
     def note_end(self) -> None:
@@ -284,7 +281,7 @@ class _Session:
         if self._streams.state(job) is JobState.ENDED:
             return
         try:
-            self._say(RouteBroken(job, index, boot, code, "".join(c if c.isprintable() else " " for c in text)))
+            self._say(RouteBroken(job, index, boot, code, checks.made_printable(text)))
         except LinkLost as lost:
             log.debug("job %d: %s", job, lost)
 

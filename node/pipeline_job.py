@@ -21,7 +21,6 @@ class PipelineJob:
         self.data, self.ticket = ticket, peek_ticket(ticket)
         self.broken, self.fail = broken, fail
         self.wire_us = 0
-        self.laps = 0
         self._uses: dict[str, tuple[int, int]] = {}
 
     def __repr__(self) -> str:
@@ -44,7 +43,6 @@ class PipelineJob:
             compute, held = self._uses.get(peer, (0, 0))
             self._uses[peer] = compute + time.compute_us, held + time.held_us
         self.wire_us += max(0, lap_us - sum(time.held_us for time in times))
-        self.laps += 1
 
     def uses(self, own_compute_us: int) -> tuple[StageUse, ...]:
         """What each stage of the route has spent on the job, first stage first; stages that were replaced stand before theirs."""

@@ -108,9 +108,9 @@ class RouteDriver:
     """One for each loaded last stage. ``run`` must be running."""
 
     def __init__(
-        self, engine: DriverEngine, own_engine: str, width: int, neighbours: Neighbours, clock: Callable[[], float] = trio.current_time
+        self, engine: DriverEngine, width: int, neighbours: Neighbours, clock: Callable[[], float] = trio.current_time
     ) -> None:
-        self._engine, self._own_engine, self._width, self._neighbours, self._clock = engine, own_engine, width, neighbours, clock
+        self._engine, self._width, self._neighbours, self._clock = engine, width, neighbours, clock
         self._session = secrets.token_bytes(SESSION_BYTES)
         self._epoch = 0
         self._ticket: Ticket | None = None
@@ -123,7 +123,6 @@ class RouteDriver:
         self._ended: list[int] = []  # sequences whose end has not been said
         self._out: Outbox | None = None
         self._inbound: trio.Event = trio.Event()
-        self._inbound_stream: FrameStream | None = None
         self._inbound_scope: trio.CancelScope | None = None
         self._scope: trio.CancelScope | None = None
         self._wake = trio.Event()
@@ -158,6 +157,7 @@ class RouteDriver:
         return {
             "state": self.state.name.lower(),
             "route": list(self.route),
+            "engines": list(self.engines),
             "layers": [str(stage.layers) for stage in self._ticket.stages] if self._ticket is not None else [],
             "lap_ms": round(self._lap_s * 1e3, 3),
             "compute_ms": laps,
@@ -212,7 +212,8 @@ class RouteDriver:
     def _say_ended(self) -> None:
         """What has ended while the route was not open is said when it is again: survivors may still hold it."""
         if self.state is RouteState.UP and self._ended:
-            self._say(SequenceEnd(tuple(self._ended[-limits.ARRAY_ENTRIES_MAX :])))
+            for at in range(0, len(self._ended), limits.ARRAY_ENTRIES_MAX):
+                self._say(SequenceEnd(tuple(self._ended[at : at + limits.ARRAY_ENTRIES_MAX])))
             self._ended.clear()
 
     def launch(self, step: int, spans: tuple[Span, ...], rows: bytes) -> None:
@@ -256,7 +257,7 @@ class RouteDriver:
         self._complained.discard(job)
         if self.state in (RouteState.BROKEN, RouteState.DOWN) or not self._is_for_this(entry.ticket):
             self._reopen(entry)
-        elif self.state is RouteState.UP and self._is_for_this(entry.ticket):
+        elif self.state is RouteState.UP:
             self._resume()
 
     def _is_for_this(self, ticket: Ticket) -> bool:
@@ -279,13 +280,12 @@ class RouteDriver:
                 continue
             with trio.CancelScope() as self._scope:
                 await self._live()
-            self._out, self._inbound_stream = None, None
+            self._out = None
 
     def _reopen(self, job: PipelineJob) -> None:
         self._ticket, self._data = job.ticket, job.data
         self._epoch += 1
         self._inbound = trio.Event()
-        self._inbound_stream = None
         self._close(RouteState.OPENING)
         for number, other in list(self._jobs.items()):
             if not self._is_for_this(other.ticket):
@@ -342,9 +342,6 @@ class RouteDriver:
                     index = 0 if not opened.is_set() else len(ticket.route) - 2
                     self._broke(index, Code.TIMEOUT, f"the route was not open after {limits.ROUTE_OPEN_S:g} s")
                     return
-                inbound = self._inbound_stream
-                if inbound is None or self.state is not RouteState.OPENING:
-                    return
                 self._out, self.state, self.mended_s = out, RouteState.UP, self._clock()
                 log.info("the route over %d stages is open", len(ticket.route))
                 self._resume()
@@ -360,7 +357,6 @@ class RouteDriver:
             await stream.send(StageFault(message.index, 0, Code.BAD_TICKET, "this driver has not asked for that"))
             return
         await stream.send(StageOpened(()))
-        self._inbound_stream = stream
         epoch = self._epoch
         self._inbound.set()
         before = len(ticket.route) - 2

@@ -19,13 +19,14 @@ from typing import Any
 import trio
 
 from node.bookkeeper import now_ms
+from node.greeting import answer_hello, exchange_hello
 from node.net.frames import FrameStream
 from node.net.host import Host
 from node.outbox import Outbox
-from protocol import limits
+from protocol import checks, limits
 from protocol.activations import TOKEN_BYTES, Activations
 from protocol.errors import ArchipelagError, Code, LinkLost, Refused, RemoteProtocolError
-from protocol.messages import PROTOCOL_VERSION, Hello
+from protocol.messages import Hello
 from protocol.shards import LayerRange
 from protocol.stage_messages import (
     STAGE,
@@ -76,16 +77,11 @@ class Neighbours:
                     self._host.remember(peer, self._addresses(peer))
                 stream = await self._host.open(peer, STAGE_PROTOCOL, STAGE)
                 try:
-                    await stream.send(self._hello())
-                    answer = await stream.receive()
-                    if not isinstance(answer, Hello) or answer.version != PROTOCOL_VERSION:
-                        raise Refused(Code.LINK_LOST, f"Island {peer} does not speak {STAGE_PROTOCOL}")
+                    await exchange_hello(stream, self._hello())
                     await stream.send(message)
                 except BaseException:
                     stream.abort()
                     raise
-        except Refused:
-            raise
         except (ArchipelagError, OSError, trio.TooSlowError) as error:
             raise Refused(Code.LINK_LOST, f"cannot reach Island {peer}: {error or 'time-out'}") from error
         return stream
@@ -109,14 +105,11 @@ class StageServer:
 
     async def serve(self, stream: FrameStream) -> None:
         """Handler of one stream. Raises LinkLost when it ends, RemoteProtocolError when the peer breaks the protocol."""
+        await answer_hello(stream, self._hello)
         with trio.fail_after(limits.HELLO_TIMEOUT_S):
-            hello = await stream.receive()
-            if not isinstance(hello, Hello) or hello.version != PROTOCOL_VERSION:
-                raise RemoteProtocolError("the first message of a stage stream is a Hello of a version that both know")
-            await stream.send(self._hello())
             message = await stream.receive()
-            if not isinstance(message, StageOpen):
-                raise RemoteProtocolError("the second message of a stage stream is a StageOpen")
+        if not isinstance(message, StageOpen):
+            raise RemoteProtocolError("the second message of a stage stream is a StageOpen")
         try:
             ticket = self._guard.check_stage(message.ticket, message.index, stream.remote_peer, now_ms())
             serve = self._find(message, ticket)
@@ -152,6 +145,11 @@ class _Session:
     up: Outbox | None = None
     down: Outbox | None = None
     scope: trio.CancelScope | None = None
+
+    @property
+    def before(self) -> int:
+        """Index of the stage before this one; before the first comes the driver."""
+        return (self.index or (len(self.ticket.route) if self.ticket is not None else 1)) - 1
 
     @property
     def activations(self) -> Activations:
@@ -213,7 +211,7 @@ class StageHost:
     async def serve(self, stream: FrameStream, message: StageOpen, ticket: Ticket) -> None:
         """One link from the stage before, and with it one to the next. Raises LinkLost, RemoteProtocolError."""
         try:
-            session = await self._enter(message, ticket)
+            session = self._enter(message, ticket)
         except Refused as refusal:
             await stream.send(fault_of(message.index, refusal.code, refusal.message))
             return
@@ -229,7 +227,7 @@ class StageHost:
         if session.scope is scope:
             await self._wait_return(session, message.epoch)
 
-    async def _enter(self, message: StageOpen, ticket: Ticket) -> _Session:
+    def _enter(self, message: StageOpen, ticket: Ticket) -> _Session:
         """The session of this opening, free of older links. Raises Refused where another driver is at work."""
         session = self._session
         if session is not None and session.number == message.session:
@@ -316,14 +314,11 @@ class StageHost:
 
     async def _run_links(self, session: _Session, stream: FrameStream, down_stream: FrameStream) -> None:
         up, down = session.up, session.down = Outbox(stream, STAGE), Outbox(down_stream, STAGE)
-        before = session.index - 1 if session.index else len(session.ticket.route) - 1 if session.ticket is not None else 0
-        fault: tuple[Outbox, StageFault] | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_ignore_loss, up.run)
             nursery.start_soon(_ignore_loss, down.run)
             session.machine.downstream_changed()
             self._do(session, session.machine.upstream_changed())
-            faults: trio.MemoryReceiveChannel[tuple[Outbox, StageFault]]
             say, faults = trio.open_memory_channel[tuple[Outbox, StageFault]](4)
 
             async def watch(read: Callable[[], Awaitable[None]], index: int, other: Outbox) -> None:
@@ -333,10 +328,9 @@ class StageHost:
                     code = Code.LINK_LOST if isinstance(error, LinkLost) else Code.BAD_INPUT
                     await say.send((other, fault_of(index, code, str(error))))
 
-            nursery.start_soon(watch, lambda: self._read_up(session, stream), before, down)
+            nursery.start_soon(watch, lambda: self._read_up(session, stream), session.before, down)
             nursery.start_soon(watch, lambda: self._read_down(session, down_stream), session.index + 1, up)
-            fault = await faults.receive()
-            other, message = fault
+            other, message = await faults.receive()
             log.info("stage %d of %s: %s", session.index, self.facts.name, message.message)
             try:
                 other.send_nowait(message)
@@ -433,9 +427,10 @@ class StageHost:
         self._began_us = 0
         if session is None or session.ticket is None or batch <= session.batches_before:
             return
-        is_theirs = code is Code.BAD_INPUT
-        index = session.index - 1 if is_theirs else session.index
-        fault = fault_of(index % len(session.ticket.route), code if is_theirs else Code.INTERNAL, message)
+        if code is Code.BAD_INPUT:
+            fault = fault_of(session.before, code, message)
+        else:
+            fault = fault_of(session.index, Code.INTERNAL, message)
         self._tell(session.down, fault)
         self._tell(session.up, fault)
         self._do(session, session.machine.drop(batch - session.batches_before))
@@ -473,8 +468,7 @@ class _Passed(Exception):
 
 def fault_of(index: int, code: Code, message: str, sequence: int = 0) -> StageFault:
     """A fault whose text may stand on the wire, whatever library it comes from."""
-    text = "".join(c if c.isprintable() else " " for c in message)[: limits.TEXT_CHARS_MAX]
-    return StageFault(index, sequence, code, text)
+    return StageFault(index, sequence, code, checks.made_printable(message))
 
 
 def _what_runs(ticket: Ticket) -> tuple[object, ...]:

@@ -9,6 +9,8 @@ import math
 import re
 from collections.abc import Hashable, Sequence, Sized
 
+from protocol import limits
+
 _PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{32,64}\Z")
 _HASH = re.compile(r"[0-9a-f]{64}\Z")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]*\Z")
@@ -41,6 +43,11 @@ def printable(name: str, value: str, limit: int) -> None:
     """Text that may stand on a terminal or in a log as it is: no control characters, no line breaks."""
     if len(value) > limit or not value.isprintable():
         raise ValueError(f"{name} must be printable text of at most {limit} characters: {value[:80]!r}")
+
+
+def made_printable(text: str, limit: int = limits.TEXT_CHARS_MAX) -> str:
+    """Text of any library as ``printable`` wants it: other characters become spaces, what is too long is cut off."""
+    return "".join(character if character.isprintable() else " " for character in text[:limit])
 
 
 def unique(name: str, values: Sequence[Hashable]) -> None:

@@ -31,9 +31,9 @@ class Ask:
 
 
 def sum_of_asks(asks: Iterable[Ask]) -> Ask:
-    """What several Islands want together for one job."""
-    every = list(asks)
-    return Ask(*(sum(getattr(ask, name) for ask in every) for name in ("per_job", "per_1k_output", "per_second")))
+    """What several Islands want together for one job, each part at most the largest price there is."""
+    every = [(ask.per_job, ask.per_1k_output, ask.per_second) for ask in asks]
+    return Ask(*(min(sum(parts), limits.PRICE_MICROS_MAX) for parts in zip(*every, strict=True)))
 
 
 def parse_credits(text: str) -> int:

@@ -137,6 +137,17 @@ class ShardManifest:
             return max(0, WHOLE_BYTES - self.measured_compute_bytes(layers))
         return PROCESS_BYTES + TOKENIZER_BYTES_A_TOKEN * self.vocabulary * self.is_last(layers)
 
+    def stage_bytes(
+        self, layers: LayerRange, cells: int, compute_bytes: int | None = None, process_bytes: int | None = None
+    ) -> int:
+        """Memory of a stage: weights, KV cells and, of all but the last, the hidden states that it keeps so that the next one can be
+        replaced, all exact; compute buffers and process, where they are not given, as they can be known beforehand."""
+        kept = 0 if self.is_last(layers) else 4 * self.width
+        compute_bytes = self.measured_compute_bytes(layers) if compute_bytes is None else compute_bytes
+        process_bytes = self.process_bytes(layers) if process_bytes is None else process_bytes
+        per_cell = self.kv_bytes_per_token(layers) + kept
+        return self.weights_bytes(layers) + per_cell * cells + compute_bytes + process_bytes
+
     def shard_hash(self, layers: LayerRange) -> str:
         """SHA-256 of the file of these layers, or empty where it does not stand here."""
         return dict(zip(self.shard_layers, self.shard_hashes, strict=True)).get(layers, "")

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from protocol.errors import ConfigError
-from protocol.shards import LayerRange, ShardManifest
 
 CELLS_STEP = 256  # llama.cpp pads the cache to this
 CELLS_DEFAULT = 16_384  # without a limit: room for 16 default answers
@@ -78,16 +77,3 @@ def gpu_layers(layers: int, weights_bytes: int, kv_bytes: int, compute_bytes: in
     if room <= 0 or per_layer <= 0:
         return 0
     return min(layers + 1, int(room / per_layer))
-
-
-def stage_bytes(manifest: ShardManifest, layers: LayerRange, cells: int) -> int:
-    """What a stage of a pipeline takes: weights, KV cells and, of a stage that is not the last, the hidden states that it keeps, exactly;
-    compute buffers as they were measured where the model was cut, and the process."""
-    kept = 0 if manifest.is_last(layers) else 4 * manifest.width * cells
-    return (
-        manifest.weights_bytes(layers)
-        + manifest.kv_bytes_per_token(layers) * cells
-        + manifest.measured_compute_bytes(layers)
-        + kept
-        + manifest.process_bytes(layers)
-    )

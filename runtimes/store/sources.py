@@ -19,10 +19,10 @@ from pathlib import PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from protocol.errors import ConfigError
+from protocol.limits import MODEL_PARTS_MAX
 
 POSSIBLE = "file:PATH, https://…, hf:OWNER/NAME[:FILE], pypi:NAME==VERSION/PATH[!MEMBER]"
 SCHEMES = frozenset({"file", "http", "https", "hf", "pypi", "peer"})
-PARTS_MAX = 256
 QUANTISATIONS = ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q8_0")  # mission.md, Islands: the order of choice
 
 # What the cache calls its own files (store.py); a model's file may not be mistaken for one.
@@ -107,8 +107,8 @@ class Origin:
     sha256: str | None
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.parts) <= PARTS_MAX:
-            raise ConfigError(f"A model has 1 to {PARTS_MAX} parts, not {len(self.parts)}.")
+        if not 1 <= len(self.parts) <= MODEL_PARTS_MAX:
+            raise ConfigError(f"A model has 1 to {MODEL_PARTS_MAX} parts, not {len(self.parts)}.")
 
     @property
     def text(self) -> str:

@@ -20,7 +20,6 @@ from coordinator.jobs import ChoiceResult, Event, JobSpec, Text
 from coordinator.keys import create_key, database_url_of
 from coordinator.pipelines import Pipelines
 from coordinator.placement import Placer
-from coordinator.planning import predicted_bytes
 from coordinator.server import CoordinatorServer, open_coordinator
 from coordinator.statistics import Statistics
 from coordinator.tickets import TicketIssuer
@@ -44,6 +43,7 @@ from protocol.prices import Ask
 from protocol.receipts import RECEIPT_VERSION, Receipt, sign_receipt
 from protocol.shards import LayerRange, ShardManifest
 from protocol.tickets import Delegation, Ticket, TicketGuard, ticket_hash
+from tests.coordinator import manifests
 
 NETWORK = "0123456789abcdef0123456789abcdef"
 COORDINATOR = NodeKey(bytes([9]) * 32)
@@ -101,8 +101,8 @@ class Script:
 
     ``fail_open``: raised instead of a connection. ``refuse``: raised before JobAccepted. ``fail_after``: number of tokens sent in this
     attempt before ``failure`` is raised; 0 is after JobAccepted. ``hang_after``: waits for ever there. Each is used ``times`` times.
-    ``complain_after``: number of tokens of this attempt before the driver of a pipeline says ``complaint``, (stage, code), once;
-    ``complaint_boot``: of which run, 0 for the one in its route.
+    ``complain_after``: number of tokens of this attempt before the driver of a pipeline says ``complaint``, (stage, code), so
+    many times; ``complaint_boot``: of which run, 0 for the one in its route.
     """
 
     words: tuple[str, ...] | None = None
@@ -114,6 +114,7 @@ class Script:
     complain_after: int | None = None
     complaint: tuple[int, Code] = (0, Code.LINK_LOST)
     complaint_boot: int = 0
+    complaints: int = 1
     times: int = 1_000_000
     batch: int = 1
     token_s: float = 0.0
@@ -210,7 +211,9 @@ class FakePort:
     async def drop_shard(self, island: str, order: DropShard) -> None:
         self.drops.append((island, order.layers))
         it = self.islands[island]
-        it.shards.pop(order.layers, None)
+        dropped = it.shards.pop(order.layers, None)
+        if dropped is not None:
+            it.memory_used -= room(order.layers.low, order.layers.high, dropped.kv_tokens_total)
         self.advertise(it)
 
     async def hold_shard(self, island: str, order: HoldShard, progress: Callable[[HoldProgress], None]) -> ShardHeld:
@@ -311,7 +314,7 @@ class _Run:
         self._route, self._route_raw = ticket, raw  # of the route as it is now
         self._passed: list[str] = []  # Islands that were in the route
         self._mended = trio.Event()
-        self._complained = False
+        self._complaints = 0
 
     def mend(self, ticket: bytes) -> None:
         """Checked as a driver does."""
@@ -369,8 +372,8 @@ class _Run:
         index = self._port.broken_stage(self._route_raw, self._route)
         if index is not None and self._route.route[index] != self._island.peer:
             return RouteBroken(1, index, self._route.boots[index], Code.LINK_LOST, "it is gone")
-        if self._script.complain_after == sent and not self._complained:
-            self._complained = True
+        if self._script.complain_after == sent and self._complaints < self._script.complaints:
+            self._complaints += 1
             stage, code = self._script.complaint
             boot = self._script.complaint_boot or dict(enumerate(self._route.boots)).get(stage, 1)
             return RouteBroken(1, stage, boot, code, "as the script says")
@@ -421,26 +424,8 @@ def island(number: int = 1, *scripts: Script, **changes: Any) -> FakeIsland:
 
 def model(layers: int = 12, **changes: Any) -> ShardManifest:
     """The manifest of a model of layers of 100 MB."""
-    plain: dict[str, Any] = {
-        "version": 1,
-        "name": "big",
-        "architecture": "llama",
-        "model_sha256": HASH_BIG,
-        "model_bytes": 0,
-        "model_sources": (),
-        "total_layers": layers,
-        "width": 64,
-        "vocabulary": 100,
-        "context_tokens": 8192,
-        "embedding_bytes": 3_000,
-        "head_bytes": 5_000,
-        "shared_bytes": 10,
-        "layer_bytes": (100_000_000,) * layers,
-        "kv_bytes": (1000,) * layers,
-        "micro_batch": 32,
-        "compute_bytes": (100, 200, 300),
-    }
-    return ShardManifest(**{**plain, **changes})
+    plain = {"model_sha256": HASH_BIG, "width": 64, "layer_bytes": (100_000_000,) * layers, "kv_bytes": (1000,) * layers}
+    return manifests.model(layers, **{**plain, **changes})
 
 
 BIG = model()
@@ -448,8 +433,7 @@ BIG = model()
 
 def room(low: int, high: int, cells: int = 4096, manifest: ShardManifest = BIG) -> int:
     """Memory of a stage."""
-    layers = LayerRange(low, high)
-    return predicted_bytes(manifest, layers, cells, manifest.measured_compute_bytes(layers), manifest.process_bytes(layers))
+    return manifest.stage_bytes(LayerRange(low, high), cells)
 
 
 def shard_hash(manifest: ShardManifest, layers: LayerRange) -> str:

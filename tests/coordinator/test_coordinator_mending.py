@@ -255,6 +255,37 @@ async def test_a_spare_that_only_claims_to_hold(autojump_clock: trio.testing.Moc
         assert refusal.code is Code.NO_ISLAND and trio.current_time() - 2.5 <= limits.MEND_WAIT_S + 1
 
 
+async def test_a_route_that_takes_long_to_load_outlives_the_job_that_waits_for_it(autojump_clock: trio.testing.MockClock) -> None:
+    """A job waits its time and fails; what is being loaded for it serves the next one."""
+    async with pool(*three()) as p:
+        await p.run()
+        helper = spare(holding=Holding(delay_s=3 * limits.MEND_WAIT_S))
+        p.port.advertise(helper)
+
+        async def lose() -> None:
+            p.port.lose(p.stages[1])
+
+        refusal = await fails(p, lose)
+        assert refusal.code is Code.NO_ISLAND and "was not replaced in time" in refusal.message
+        assert trio.current_time() - 2.5 == pytest.approx(limits.MEND_WAIT_S, abs=1)
+        p.stages[-1].scripts = []
+        assert (await p.run()).text() == WORDS
+        assert trio.current_time() - 2.5 == pytest.approx(3 * limits.MEND_WAIT_S, abs=1)
+        assert len(helper.orders) == 1 and p.pipelines.planned == p.pipelines.mended == 1 and p.pipelines.given_up == 0
+
+
+async def test_a_route_that_breaks_again_and_again_ends_its_job(autojump_clock: trio.testing.MockClock) -> None:
+    async with pool(*three()) as p:
+        await p.run()
+        driver = p.stages[-1]
+        driver.scripts = [Script(complain_after=2, complaint=(1, SLOW), complaints=100)]
+        with pytest.raises(Refused) as caught:
+            await p.run()
+        assert caught.value.code is Code.NO_ISLAND
+        assert f"broke {limits.JOB_ATTEMPTS_MAX + 1} times without a token in between" in caught.value.message
+        assert len(driver.mends) == limits.JOB_ATTEMPTS_MAX and driver.open_now == 0
+
+
 async def test_a_slow_stage_without_a_spare_stays(autojump_clock: trio.testing.MockClock) -> None:
     async with pool(*three()) as p:
         await p.run()

@@ -221,6 +221,34 @@ async def test_nobody_takes_the_order(autojump_clock: trio.testing.MockClock) ->
         assert (await p.run()).text() == WORDS
 
 
+async def test_what_was_loaded_for_a_plan_that_failed_is_dropped(autojump_clock: trio.testing.MockClock) -> None:
+    """Who loaded gets its memory back, and who asks again is told at once what the other Island said, until it may be tried again."""
+    bad, good = roomy(1, holding=Holding(refuse=NO, delay_s=2.0)), roomy(2)
+    async with pool(bad, good) as p:
+        refusal = await refused(p)
+        assert "the disk is full" in refusal.message
+        (order,) = good.orders
+        assert p.port.drops == [(good.peer, order.layers)] and good.memory_used == 0 and not good.shards
+        began_s = trio.current_time()
+        assert "the disk is full" in (await refused(p)).message
+        assert len(good.orders) == len(bad.orders) == 1 and p.pipelines.planned == 1
+        assert trio.current_time() - began_s <= limits.ISLAND_WAIT_S
+        bad.holding = Holding()
+        await trio.sleep(61)
+        assert (await p.run()).text() == WORDS and len(p.port.drops) == 1
+
+
+async def test_layers_that_the_next_plan_uses_are_not_dropped(autojump_clock: trio.testing.MockClock) -> None:
+    bad, others = three(Holding(refuse=NO))
+    async with pool(bad, *others) as p:
+        assert (await p.run()).text() == WORDS and p.pipelines.planned == 2
+        ticket = ticket_of(p.stages[-1])
+        used = [(peer, stage.layers) for peer, stage in zip(ticket.route, ticket.stages, strict=True)]
+        held = [(it.peer, layers) for it in others for layers in it.shards]
+        assert sorted(used) == sorted(held), "all that is held is used"
+        assert not set(used) & set(p.port.drops)
+
+
 async def test_loading_is_waited_for_but_not_for_ever(autojump_clock: trio.testing.MockClock) -> None:
     frozen, others = three(Holding(delay_s=1e6))
     async with pool(frozen, *others, timeout_s=1e5) as p:

@@ -18,40 +18,16 @@ from coordinator.planning import (
     PlannedStage,
     Site,
     plan,
-    predicted_bytes,
     replace,
 )
 from protocol import limits
 from protocol.errors import Code
 from protocol.prices import Ask
 from protocol.shards import LayerRange, ShardManifest
-from tests.coordinator.fakes import HASH_A
+from tests.coordinator.manifests import model
 
 PROCESS_BYTES = 50
 NEAR_S, FAR_S = 0.002, 0.2
-
-
-def model(layers: int = 12, **changes: Any) -> ShardManifest:
-    plain: dict[str, Any] = {
-        "version": 1,
-        "name": "big",
-        "architecture": "llama",
-        "model_sha256": HASH_A,
-        "model_bytes": 0,
-        "model_sources": (),
-        "total_layers": layers,
-        "width": 2,
-        "vocabulary": 100,
-        "context_tokens": 8192,
-        "embedding_bytes": 3_000,
-        "head_bytes": 5_000,
-        "shared_bytes": 10,
-        "layer_bytes": (1_000_000,) * layers,
-        "kv_bytes": (4,) * layers,
-        "micro_batch": 32,
-        "compute_bytes": (100, 200, 300),
-    }
-    return ShardManifest(**{**plain, **changes})
 
 
 BIG = model()
@@ -72,10 +48,7 @@ def site(island: str, memory: int, **changes: Any) -> Site:
 
 
 def held(low: int, high: int, free: int = 4096, **changes: Any) -> Held:
-    plain = {"engine": "e", "cells_total": 4096, "weights_bytes": 1, "kv_bytes_per_token": 1, "process_bytes": 1}
-    return Held(
-        **{"layers": LayerRange(low, high), "cells_free": free, "compute_bytes": 0, "token_s": 0.0, **plain, **changes}
-    )
+    return Held(**{"layers": LayerRange(low, high), "cells_free": free, "compute_bytes": 0, "token_s": 0.0, **changes})
 
 
 def holds(island: str, *shards: Held, **changes: Any) -> Site:
@@ -127,7 +100,7 @@ def weight(manifest: ShardManifest, site: Site, layers: LayerRange, cells: int) 
 
     own = max((shard.compute_bytes for shard in site.held if kind(shard.layers) == kind(layers)), default=0)
     compute = own or manifest.compute_bytes[kind(layers)]
-    return predicted_bytes(manifest, layers, cells, compute, site.process_bytes or manifest.process_bytes(layers))
+    return manifest.stage_bytes(layers, cells, compute, site.process_bytes or manifest.process_bytes(layers))
 
 
 def same(names: Sequence[str], memory: int, **changes: Any) -> list[Site]:
@@ -289,7 +262,7 @@ def test_bytes_to_the_byte() -> None:
     for low, high in ((0, 3), (3, 9), (9, 12), (0, 12)):
         layers = LayerRange(low, high)
         compute = BIG.measured_compute_bytes(layers)
-        assert predicted_bytes(BIG, layers, 512, compute, PROCESS_BYTES) == room(low, high, 512)
+        assert BIG.stage_bytes(layers, 512, compute, PROCESS_BYTES) == room(low, high, 512)
 
 
 def test_own_measures_count() -> None:
@@ -474,7 +447,7 @@ def test_no_more_stages_than_the_manifest_allows() -> None:
 def test_many_islands() -> None:
     """More than can be searched completely: eight stages, just enough memory, and the fast ones are far away."""
     manifest = model(64)
-    memory = predicted_bytes(manifest, LayerRange(0, 9), 256, 100, PROCESS_BYTES)
+    memory = manifest.stage_bytes(LayerRange(0, 9), 256, 100, PROCESS_BYTES)
     sites = [site(f"I{number:02}", memory, layer_s=0.001 * (1 + number % 3)) for number in range(100)]
     round_trips_s = {(a.island, b.island): 0.02 for a in sites[:50] for b in sites[:50]}
     made = plan(manifest, sites, 200, round_trips_s)

@@ -6,40 +6,19 @@ from typing import Any
 
 import pytest
 
-from coordinator.planning import Held, NoPlan, Plan, Site, overheads, predicted_bytes
+from coordinator.planning import Held, NoPlan, Plan, Site, overheads
 from coordinator.planning_ready import plan_ready_made, ready_chain
 from protocol.errors import Code
 from protocol.prices import Ask
-from protocol.shards import MANIFEST_VERSION, LayerRange, ShardManifest
+from protocol.shards import LayerRange, ShardManifest
+from tests.coordinator.manifests import model
 
 FIRST, SECOND = LayerRange(0, 5), LayerRange(5, 12)
 
 
 def manifest(*ranges: LayerRange) -> ShardManifest:
     count = len(ranges)
-    return ShardManifest(
-        version=MANIFEST_VERSION,
-        name="big",
-        architecture="llama",
-        model_sha256="ab" * 32,
-        model_bytes=10**8,
-        model_sources=(),
-        total_layers=12,
-        width=64,
-        vocabulary=1000,
-        context_tokens=2048,
-        embedding_bytes=3000,
-        head_bytes=5000,
-        shared_bytes=10,
-        layer_bytes=(1_000_000,) * 12,
-        kv_bytes=(4,) * 12,
-        micro_batch=60,
-        compute_bytes=(100, 200, 300),
-        shard_layers=ranges,
-        shard_hashes=tuple("cd" * 32 for _ in ranges),
-        shard_bytes=(1,) * count,
-        shard_urls=("",) * count,
-    )
+    return model(shard_layers=ranges, shard_hashes=("cd" * 32,) * count, shard_bytes=(1,) * count, shard_urls=("",) * count)
 
 
 BIG = manifest(FIRST, SECOND)
@@ -50,7 +29,7 @@ def site(name: str, memory: int = 10**9, **changes: Any) -> Site:
 
 
 def held(layers: LayerRange, free: int = 2048) -> Held:
-    return Held(layers, "e", 4096, free, 1, 1, 0, 0, 0.01)
+    return Held(layers, free, 0, 0.01)
 
 
 @pytest.mark.parametrize(
@@ -93,8 +72,8 @@ def test_what_is_held_is_preferred() -> None:
 
 
 def test_memory_counts_to_the_byte() -> None:
-    needed = predicted_bytes(BIG, SECOND, 256, *overheads(BIG, site("b"), SECOND))
-    small = site("a", predicted_bytes(BIG, FIRST, 256, *overheads(BIG, site("a"), FIRST)))
+    needed = BIG.stage_bytes(SECOND, 256, *overheads(BIG, site("b"), SECOND))
+    small = site("a", BIG.stage_bytes(FIRST, 256, *overheads(BIG, site("a"), FIRST)))
     found = ready(small, site("b", needed))
     assert isinstance(found, Plan) and found.cells == 256
     refusal = ready(small, site("b", needed - 1))

@@ -49,6 +49,12 @@ async def wait_until(condition: Callable[[], object], within_s: float = 5.0) -> 
             await trio.sleep(0.002)
 
 
+async def answer_of(stream: FrameStream) -> Any:
+    """The next message. Raises LinkLost, trio.TooSlowError."""
+    with trio.fail_after(5):
+        return await stream.receive()
+
+
 def row_of(stage: int, before: float, inputs: np.ndarray) -> tuple[float, np.ndarray]:
     """The next state of a sequence in a stage, and the row that comes out."""
     state = (before * 31.0 + float(inputs.sum()) * 7.0 + stage + 1.0) % 8191.0
@@ -249,7 +255,7 @@ class EchoDriver:
     """In place of the last stage's engine: ``step`` sends rows and waits until they have come round."""
 
     def __init__(self, island: Island, layers: LayerRange) -> None:
-        self.driver = RouteDriver(self, "echo/1", WIDTH, island.neighbours)
+        self.driver = RouteDriver(self, WIDTH, island.neighbours)
         island.server.drivers[CONTENT_HASH, layers] = self.driver.serve_inbound
         island.nursery.start_soon(self.driver.run)
         self._island = island

@@ -27,7 +27,6 @@ from protocol.messages import PROTOCOL_VERSION, Hello, NodeRole
 from protocol.prices import Ask
 from protocol.shards import LayerRange, ShardManifest
 from protocol.tickets import Delegation, TicketGuard, network_id_of, sign_delegation
-from runtimes.gguf.budget import stage_bytes
 from runtimes.gguf.messages import Ready
 from runtimes.gguf.shard import cut, make_manifest
 from runtimes.gguf.shard_store import ShardStore
@@ -42,7 +41,7 @@ NETWORK = network_id_of(NETWORK_KEY.public_key)
 MANIFEST = catalogue_manifests()["smollm2-135m"]
 FIRST, SECOND = LayerRange(0, 10), LayerRange(10, 20)
 CELLS = 1024
-NEEDED = stage_bytes(MANIFEST, FIRST, CELLS)
+NEEDED = MANIFEST.stage_bytes(FIRST, CELLS)
 
 
 class PretendedEngine:
@@ -235,7 +234,7 @@ async def test_more_than_is_free_is_refused_with_both_figures(tmp_path: Path) ->
         at.loader.go.set()
         await at.order(hold())
         refusal = await at.refusal(hold(SECOND))
-        needed = stage_bytes(MANIFEST, SECOND, CELLS)
+        needed = MANIFEST.stage_bytes(SECOND, CELLS)
         assert f"need {needed} bytes; 5 of the {NEEDED + 5} offered" in refusal.message
 
 
@@ -339,7 +338,7 @@ async def test_memory_is_counted_for_each_shard(tmp_path: Path) -> None:
     async with place(tmp_path, 10 * NEEDED) as at:
         at.loader.go.set()
         last = LayerRange(20, 30)
-        sizes = {layers: stage_bytes(MANIFEST, layers, CELLS) for layers in (FIRST, SECOND, last)}
+        sizes = {layers: MANIFEST.stage_bytes(layers, CELLS) for layers in (FIRST, SECOND, last)}
         free = 10 * NEEDED
         for layers, size in sizes.items():
             await at.order(hold(layers))
@@ -386,7 +385,7 @@ async def test_a_shard_that_takes_more_than_was_set_aside_is_given_up(tmp_path: 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(PretendedEngine, "__init__", heavy)
             refusal = await at.refusal(hold(manifest=light))
-        assert refusal.code is Code.NO_CAPACITY and str(stage_bytes(light, FIRST, CELLS)) in refusal.message
+        assert refusal.code is Code.NO_CAPACITY and str(light.stage_bytes(FIRST, CELLS)) in refusal.message
         assert at.holder.free_bytes == 2 * NEEDED and at.loader.closed == 1
 
 

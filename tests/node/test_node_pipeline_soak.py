@@ -18,7 +18,7 @@ import pytest
 
 from node.control import ask_node
 from node.localnet import LocalNetwork
-from tests.node.test_node_pipeline import Net
+from tests.node.pipeline_net import Net
 
 MEMORY = "200M"  # room for sessions of 1,024 tokens, and too little for the whole model
 RESULTS = Path(__file__).parents[2] / "bench" / "results"

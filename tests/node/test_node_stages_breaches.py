@@ -36,6 +36,7 @@ from tests.node.stage_net import (
     FakeStage,
     Island,
     StageNet,
+    answer_of,
     expected_rows,
     open_stage_net,
     opening,
@@ -56,7 +57,7 @@ class Middle:
     async def open(self) -> Any:
         self._epoch += 1
         stream = await self.before.open(self.stage, opening(self.ticket(), 1, self._epoch))
-        assert isinstance(await self.answer(stream), StageOpened)
+        assert isinstance(await answer_of(stream), StageOpened)
         for sequence in (1, 2):
             await stream.send(SequenceOpen(sequence, 16, 0, 0, 0, self.ticket()))
         await stream.send(StageRows(1, (Span(1, 0, 2),), rows=2 * ROW))
@@ -67,16 +68,12 @@ class Middle:
     def ticket(self) -> bytes:
         return self.net.ticket([self.before, self.stage, self.behind.island])
 
-    async def answer(self, stream: Any) -> Any:
-        with trio.fail_after(5):
-            return await stream.receive()
-
     async def end(self, stream: Any) -> list[Any]:
         """What still comes until the link ends."""
         heard: list[Any] = []
         with pytest.raises(LinkLost):
             while True:
-                heard.append(await self.answer(stream))
+                heard.append(await answer_of(stream))
         return heard
 
     async def check_goes_on(self) -> None:
@@ -86,7 +83,7 @@ class Middle:
         assert kept == 128, "two rows, and nothing of what was no good"
         self._epoch += 1
         stream = await self.before.open(self.stage, opening(self.ticket(), 1, self._epoch))
-        assert isinstance(await self.answer(stream), StageOpened)
+        assert isinstance(await answer_of(stream), StageOpened)
         await stream.send(SequenceOpen(3, 16, 0, 0, 0, self.ticket()))
         known = len(self.behind.all(StageRows))
         await stream.send(StageRows(9, (Span(3, 0, 1),), rows=ROW))
@@ -191,7 +188,7 @@ async def test_rows_with_a_gap_are_asked_for_and_others_go_on() -> None:
         place = await middle(net)
         stream = await place.open()
         await stream.send(rows(Span(1, 6, 1)))
-        assert await place.answer(stream) == RowsWanted(1, 2, 6)
+        assert await answer_of(stream) == RowsWanted(1, 2, 6)
         await stream.send(StageRows(3, (Span(2, 0, 1),), rows=ROW))
         await wait_until(lambda: len(place.behind.all(StageRows)) == 2)
         assert place.stage.engine.rows == 3
@@ -216,12 +213,12 @@ async def test_numbers_that_are_none(value: float) -> None:
         place = await middle(net)
         stream = await place.open()
         await stream.send(rows(Span(1, 2, 1), Span(2, 0, 1), data=np.full(32, value, "<f4").tobytes()))
-        fault = await place.answer(stream)
+        fault = await answer_of(stream)
         assert (fault.index, fault.sequence, fault.code) == (0, 0, Code.BAD_INPUT)
         await wait_until(lambda: place.behind.all(StageFault))
         assert place.behind.all(StageFault) == [fault]
         await stream.send(StageProbe(1))
-        report = await place.answer(stream)
+        report = await answer_of(stream)
         assert (report.busy_us, report.waiting) == (0, 0), "its engine is idle"
         await stream.send(StageRows(3, (Span(2, 0, 1),), rows=ROW))
         await wait_until(lambda: len(place.behind.all(StageRows)) == 2)

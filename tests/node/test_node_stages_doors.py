@@ -12,6 +12,7 @@ import trio
 from node.bookkeeper import now_ms
 from node.jobs_served import island_hello
 from privacy.keys import NodeKey
+from protocol import limits
 from protocol.errors import Code, LinkLost
 from protocol.messages import PROTOCOL_VERSION, Hello, NodeRole
 from protocol.prices import Ask
@@ -34,6 +35,7 @@ from tests.node.stage_net import (
     FakeStage,
     Island,
     StageNet,
+    answer_of,
     expected_rows,
     open_stage_net,
     opening,
@@ -63,7 +65,7 @@ class Site:
     async def check_serves(self) -> None:
         """A good opening, and a good row."""
         stream = await self.before.open(self.stage, opening(self.ticket(), 1, session=b"g" * 16))
-        assert await _answer(stream) == StageOpened(("echo/1",))
+        assert await answer_of(stream) == StageOpened(("echo/1",))
         await _row(self, stream, self.ticket(), 1)
         await stream.aclose()
 
@@ -72,11 +74,6 @@ async def site(net: StageNet) -> Site:
     before, stage, behind, outsider = [await net.island() for _ in range(4)]
     stage.hold(LayerRange(1, 2))
     return Site(net, before, stage, FakeStage(behind), outsider)
-
-
-async def _answer(stream: Any) -> Any:
-    with trio.fail_after(5):
-        return await stream.receive()
 
 
 async def _row(place: Site, stream: Any, ticket: bytes, sequence: int) -> None:
@@ -151,18 +148,18 @@ async def test_a_forged_ticket(spoil: str) -> None:
         else:
             ticket = net.ticket([place.stage], stages=())
         stream = await place.before.open(place.stage, opening(ticket, 1 if spoil != "no stages" else 0))
-        answer = await _answer(stream)
+        answer = await answer_of(stream)
         assert isinstance(answer, StageFault) and answer.code is Code.BAD_TICKET and not answer.sequence
         assert not place.stage.neighbours.opened and place.stage.stage.is_free
         await place.check_serves()
 
 
 async def _check_refused(place: Site, stream: Any, code: Code, words: str, index: int = 1) -> None:
-    answer = await _answer(stream)
+    answer = await answer_of(stream)
     assert isinstance(answer, StageFault) and (answer.index, answer.sequence, answer.code) == (index, 0, code), answer
     assert words in answer.message
     with pytest.raises(LinkLost):
-        await _answer(stream)
+        await answer_of(stream)
     assert not place.stage.neighbours.opened, "nobody is dialed for it"
     assert not place.behind.island.served and place.stage.stage.is_free
     await place.check_serves()
@@ -172,16 +169,16 @@ async def test_an_older_opening_is_refused_and_a_newer_one_takes_over() -> None:
     async with open_stage_net() as net:
         place = await site(net)
         first = await place.before.open(place.stage, opening(place.ticket(), 1, epoch=2))
-        assert isinstance(await _answer(first), StageOpened)
+        assert isinstance(await answer_of(first), StageOpened)
         for epoch in (1, 2):
             again = await place.before.open(place.stage, opening(place.ticket(), 1, epoch=epoch))
-            answer = await _answer(again)
+            answer = await answer_of(again)
             assert answer.code is Code.BAD_TICKET and "comes after opening 2" in answer.message
         await _row(place, first, place.ticket(), 1)
         newer = await place.before.open(place.stage, opening(place.ticket(), 1, epoch=3))
-        assert isinstance(await _answer(newer), StageOpened)
+        assert isinstance(await answer_of(newer), StageOpened)
         with pytest.raises(LinkLost):
-            await _answer(first)
+            await answer_of(first)
         await _row(place, newer, place.ticket(), 2)
         assert place.stage.stage.status()["sessions"] == 1
 
@@ -190,15 +187,37 @@ async def test_a_second_session_while_one_is_at_work() -> None:
     async with open_stage_net() as net:
         place = await site(net)
         first = await place.before.open(place.stage, opening(place.ticket(), 1))
-        assert isinstance(await _answer(first), StageOpened)
+        assert isinstance(await answer_of(first), StageOpened)
         older = place.ticket(issued_at_ms=now_ms() - 5000)
         second = await place.before.open(place.stage, opening(older, 1, session=b"t" * 16))
-        answer = await _answer(second)
+        answer = await answer_of(second)
         assert answer.code is Code.NO_CAPACITY and "another pipeline uses layers 1-1" in answer.message
         await _row(place, first, place.ticket(), 1)
         await place.check_serves()  # the Coordinator's newer plan takes its place
         with pytest.raises(LinkLost):
-            await _answer(first)
+            await answer_of(first)
+
+
+async def test_a_link_that_is_lost_while_it_is_opened_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "STAGE_ORPHAN_S", 0.05)
+    monkeypatch.setattr(limits, "ROUTE_OPEN_S", 0.3)
+    async with open_stage_net() as net:
+        place = await site(net)
+        behind, waits = place.behind.island, trio.Event()
+
+        async def is_silent(stream: Any) -> None:
+            waits.set()
+            await trio.sleep_forever()
+
+        behind.host.set_handler(STAGE_PROTOCOL, STAGE, is_silent)
+        stream = await place.before.open(place.stage, opening(place.ticket(), 1))
+        await waits.wait()
+        assert place.stage.stage.status()["route"]
+        stream.abort()
+        await wait_until(lambda: not place.stage.stage.status()["route"])
+        behind.host.set_handler(STAGE_PROTOCOL, STAGE, place.behind.serve)
+        await place.check_serves()
+        assert place.stage.stage.status()["sessions"] == 2, "the first one is gone, nothing was adopted"
 
 
 @pytest.mark.parametrize("case", ["another version", "no hello", "no opening", "two hellos", "oversized", "garbage"])
@@ -224,7 +243,7 @@ async def test_who_breaks_the_protocol_before_the_opening_loses_the_stream(case:
             await stream.send_frames(struct.pack(">II", 3, 0) + b"\xc1\xc1\xc1", 1)
         with pytest.raises(LinkLost):
             while True:
-                await _answer(stream)
+                await answer_of(stream)
         assert not place.stage.neighbours.opened and place.stage.stage.is_free
         await place.check_serves()
 
@@ -246,14 +265,14 @@ async def test_a_job_whose_ticket_is_no_good_is_refused_and_others_go_on(name: s
     async with open_stage_net() as net:
         place = await site(net)
         stream = await place.before.open(place.stage, opening(place.ticket(), 1))
-        assert isinstance(await _answer(stream), StageOpened)
+        assert isinstance(await answer_of(stream), StageOpened)
         used = place.ticket()
         await _row(place, stream, used, 1)
         kept = place.stage.stage.status()["kept_bytes"]
         if changes.get("turned"):
             changes = {"islands": [place.before, place.stage, place.outsider]}
         await stream.send(SequenceOpen(2, 16, 0, 0, 0, used if name == "used" else place.ticket(**changes)))
-        answer = await _answer(stream)
+        answer = await answer_of(stream)
         assert (answer.index, answer.sequence, answer.code) == (1, 2, Code.BAD_TICKET) and words in answer.message
         await stream.send(StageRows(2, (Span(1, 1, 1), Span(2, 0, 1)), rows=bytes(128)))
         await wait_until(lambda: len(place.behind.all(StageRows)) == 2)
@@ -269,12 +288,12 @@ async def test_the_same_opening_said_again_is_no_second_use() -> None:
         place = await site(net)
         used = place.ticket()
         stream = await place.before.open(place.stage, opening(place.ticket(), 1))
-        assert isinstance(await _answer(stream), StageOpened)
+        assert isinstance(await answer_of(stream), StageOpened)
         await _row(place, stream, used, 1)
         await stream.send(SequenceOpen(1, 16, 0, 0, 0, used))
         await wait_until(lambda: len(place.behind.all(SequenceOpen)) == 2)
         other = await place.before.open(place.stage, opening(place.ticket(), 1, epoch=2))
-        assert isinstance(await _answer(other), StageOpened)
+        assert isinstance(await answer_of(other), StageOpened)
         await other.send(SequenceOpen(1, 16, 0, 0, 0, used))
         await wait_until(lambda: len(place.behind.all(SequenceOpen)) == 3)
         assert place.stage.engine.rows == 1 and place.stage.guard.refused == 0
@@ -288,7 +307,7 @@ async def test_a_driver_takes_only_what_it_has_asked_for() -> None:
         before = len(route[-1].served)
         for session, epoch in ((b"s" * 16, 1), (driver.driver._session, 1), (driver.driver._session, 2)):
             stream = await route[1].open(route[2], StageOpen(session, epoch, 2, net.ticket(route)))
-            answer = await _answer(stream)
+            answer = await answer_of(stream)
             assert answer.code is Code.BAD_TICKET and "has not asked for that" in answer.message
         assert len(route[-1].served) == before + 3
         assert await driver.values((sequence, 1, [2])) == expected_rows([1, 2], 2)[1:] and not driver.broken
