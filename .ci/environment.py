@@ -35,7 +35,8 @@ GPU_BUILDS = {
     "metal": ("-DGGML_METAL=on", "xcrun", "Apple's command line tools: xcode-select --install"),
 }
 # Programs that tests call, and the Debian packages that bring them.
-TEST_PROGRAMS = {"git": "git", "curl": "curl"}
+TEST_PROGRAMS = {"git": "git", "curl": "curl", "postgres": "postgresql", "setpriv": "util-linux"}
+POSTGRES_HOME = Path("/usr/lib/postgresql")  # Debian keeps a server's programs here, not on PATH: VERSION/bin/postgres
 INSTALLERS = {
     # what is missing: the packages that bring it, by package manager
     "compiler": {
@@ -222,19 +223,33 @@ def make_bench(venv: Path) -> None:
 
 
 def check_test_programs() -> None:
-    missing = {program: package for program, package in TEST_PROGRAMS.items() if shutil.which(program) is None}
+    missing = {program: package for program, package in TEST_PROGRAMS.items() if find_program(program) is None}
     if not missing:
         return
     continuous = os.environ.get("CI") == "true"
     if continuous and shutil.which("apt-get") and os.geteuid() == 0:
-        run_ticking(
-            ["apt-get", "install", "-y", "--no-install-recommends", *missing.values()], ROOT / ".venv" / "apt.log", {}
-        )
+        install_packages(list(missing.values()), ROOT / ".venv" / "apt.log")
         return
     text = f"tests need {', '.join(missing)}. Debian: apt-get install {' '.join(missing.values())}"
     if continuous:
         raise SetupError(text)
     print(f"setup: {text}\n       Tests that need them will be skipped.", file=sys.stderr)
+
+
+def find_program(name: str) -> str | None:
+    folders = [os.environ.get("PATH", os.defpath), *map(str, POSTGRES_HOME.glob("*/bin"))]
+    return shutil.which(name, path=os.pathsep.join(folders))
+
+
+def install_packages(packages: list[str], log: Path) -> None:
+    """A fresh image has no lists of packages and an old one has outdated ones; only then they are fetched."""
+    command = ["apt-get", "install", "-y", "--no-install-recommends", *packages]
+    quiet = {"DEBIAN_FRONTEND": "noninteractive"}
+    try:
+        run_ticking(command, log, quiet)
+    except SetupError:
+        run_ticking(["apt-get", "update"], log, quiet)
+        run_ticking(command, log, quiet)
 
 
 def make_venv(venv: Path) -> None:

@@ -184,7 +184,8 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def _process(command: list[str], log: Path, environment: dict[str, str] | None = None) -> Iterator[int]:
+def process(command: list[str], log: Path, environment: dict[str, str] | None = None) -> Iterator[int]:
+    """A child in a process group of its own; gives its id."""
     with open(log, "wb") as output:
         child = subprocess.Popen(
             command, stdout=output, stderr=output, env=os.environ | (environment or {}), start_new_session=True
@@ -218,7 +219,7 @@ def _wait_answers(target: Target, log: Path) -> None:
 @contextlib.contextmanager
 def _upstream(folder: Path) -> Iterator[Target]:
     target, log = Target(BARE, _free_port(), "none"), folder / "upstream.log"
-    with _process([sys.executable, "-m", "bench.echo_http", "upstream", str(target.port)], log):
+    with process([sys.executable, "-m", "bench.echo_http", "upstream", str(target.port)], log):
         _wait_answers(target, log)
         yield target
 
@@ -235,7 +236,7 @@ def _litellm(folder: Path, upstream: Target) -> Iterator[Target]:
     config = folder / "litellm.yaml"
     config.write_text(json.dumps(settings))  # JSON is YAML
     command = [str(_LITELLM), "--config", str(config), "--host", "127.0.0.1", "--port", str(target.port)]
-    with _process(command, log, {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}) as pid:
+    with process(command, log, {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}) as pid:
         _wait_answers(target, log)
         yield dataclasses.replace(target, pid=pid)
 

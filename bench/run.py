@@ -23,7 +23,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import bars
 from node.hardware import usable_cpus, usable_ram_bytes
 
-NAMES = ("streams", "gossip", "echo_http", "chat", "prefill", "splice", "pipeline", "pipeline_exact")
+NAMES = (
+    "streams",
+    "gossip",
+    "echo_http",
+    "chat",
+    "prefill",
+    "splice",
+    "pipeline",
+    "pipeline_exact",
+    "placement",
+    "books",
+    "books_chat",
+    "direct",
+    "market_day",
+)
 _RESULTS = Path(__file__).parent / "results"
 
 

@@ -23,7 +23,9 @@ def is_loopback(host: str) -> bool:
 @dataclass(frozen=True, slots=True)
 class CoordinatorConfig:
     """``http_port`` 0 picks a free one. ``trusted_proxies``: addresses or networks whose X-Forwarded-For counts. ``activations``: how
-    hidden states travel between the stages of a pipeline."""
+    hidden states travel between the stages of a pipeline. ``retry_window_s``: how long a chat's answer is kept for a client that asks
+    again, ``result_retention_s``: how long that of a submitted job is; 0 keeps none. ``require_approval``: only Islands that the operator
+    has approved get jobs. ``requests_per_minute_per_address``: 0 is no limit."""
 
     database_url: str
     http_host: str = "127.0.0.1"
@@ -38,7 +40,11 @@ class CoordinatorConfig:
     island_wait_s: float = limits.ISLAND_WAIT_S
     keep_alive_comment_s: float = limits.KEEPALIVE_COMMENT_S
     login_tries_per_minute: int = limits.LOGIN_TRIES_PER_MINUTE
+    requests_per_minute_per_address: int = 0
     activations: Activations = Activations.F32
+    retry_window_s: float = limits.RETRY_WINDOW_S
+    result_retention_s: float = limits.RESULT_RETENTION_S
+    require_approval: bool = False
     version: str = "0"
 
     def __post_init__(self) -> None:
@@ -50,6 +56,8 @@ class CoordinatorConfig:
                 f"plain HTTP on {self.http_host} would send keys and prompts readable over the network: give --tls-cert and "
                 "--tls-key, listen on 127.0.0.1, or say --insecure-http (behind a proxy that does TLS)"
             )
+        if self.requests_per_minute_per_address < 0:
+            raise ConfigError("--address-limit takes a number of requests a minute, or 0 for no limit")
         for proxy in self.trusted_proxies:
             try:
                 ipaddress.ip_network(proxy, strict=False)

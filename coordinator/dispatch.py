@@ -19,7 +19,7 @@ from enum import Enum, auto
 import trio
 
 from coordinator.affinity import Affinity
-from coordinator.jobs import Accepted, ChoiceResult, Event, JobSpec, StageShare, Text
+from coordinator.jobs import Accepted, ChoiceResult, Event, JobSpec, Meter, Metered, StageShare, Text
 from coordinator.logprobs import read_logprobs
 from coordinator.matching import Candidate, Wish, declared_tokens
 from coordinator.pipelines import Pipelines
@@ -80,6 +80,7 @@ class _Progress:
     request: GenerationRequest
     wish: Wish
     started_s: float
+    metered: Metered
     tokens: bytearray = field(default_factory=bytearray)
     islands: list[str] = field(default_factory=list)
     engines: list[str] = field(default_factory=list)
@@ -131,13 +132,17 @@ class Dispatcher:
     def __repr__(self) -> str:
         return f"<Dispatcher {self.running} running, {self._placer.waiting} waiting>"
 
-    async def run(self, spec: JobSpec, emit: Emit) -> None:
-        """Runs all choices of a job; each ends with its ChoiceResult. Raises Refused when one of them fails; the others are cancelled."""
+    async def run(self, spec: JobSpec, emit: Emit, meter: Meter | None = None) -> None:
+        """Runs all choices of a job; each ends with its ChoiceResult. Raises Refused when one of them fails; the others are cancelled.
+
+        ``meter`` shows what was used, also when this is cancelled.
+        """
+        meter = meter if meter is not None else Meter()
         self.running += 1
         self.statistics.jobs_started += 1
         try:
             with trio.fail_after(self._job_timeout_s):
-                await self._run_choices(spec, emit)
+                await self._run_choices(spec, emit, meter)
         except trio.TooSlowError:
             self.statistics.jobs_failed[Code.TIMEOUT] += 1
             raise Refused(Code.TIMEOUT, f"the job took longer than {self._job_timeout_s:g} s") from None
@@ -172,15 +177,15 @@ class Dispatcher:
         await self.run(spec, keep)
         return events
 
-    async def _run_choices(self, spec: JobSpec, emit: Emit) -> None:
+    async def _run_choices(self, spec: JobSpec, emit: Emit, meter: Meter) -> None:
         if len(spec.choices) == 1:
-            await self._run_choice(spec, 0, emit)
+            await self._run_choice(spec, 0, emit, meter)
             return
         failed: list[Refused] = []
 
         async def one(index: int) -> None:
             try:
-                await self._run_choice(spec, index, emit)
+                await self._run_choice(spec, index, emit, meter)
             except Refused as refusal:
                 failed.append(refusal)
                 nursery.cancel_scope.cancel()
@@ -191,13 +196,13 @@ class Dispatcher:
         if failed:
             raise failed[0]
 
-    async def _run_choice(self, spec: JobSpec, index: int, emit: Emit) -> None:
+    async def _run_choice(self, spec: JobSpec, index: int, emit: Emit, meter: Meter) -> None:
         request = spec.choices[index]
         chain = self._affinity.chain(spec.cache_salt, spec.cargo, _parts(request))
-        wish = Wish(spec.cargo, declared_tokens(_chars(request), request.max_tokens), self._affinity.find(chain))
-        progress = _Progress(index, request, wish, trio.current_time())
+        wish = self._wish(spec, request, self._affinity.find(chain))
+        progress = _Progress(index, request, wish, trio.current_time(), meter.choice(index))
         while True:
-            placement = await self._place(progress)
+            placement = await self._place(spec, progress)
             try:
                 result = await self._attempt(spec, progress, placement, emit)
             except Refused as refusal:
@@ -205,17 +210,38 @@ class Dispatcher:
             else:
                 self._affinity.served(chain, placement.island)
                 self._count(result)
+                standing, now_s = self._placer.standing, trio.current_time()
+                standing.served(placement.island, spec.cargo, progress.metered.tokens, result.decode_us, now_s)
                 await emit(result)
                 return
             finally:
                 self._placer.release(placement)
 
-    async def _place(self, progress: _Progress) -> Placement:
-        capacity_wait_s = self._capacity_wait_s
+    def _wish(self, spec: JobSpec, request: GenerationRequest, affinity: str) -> Wish:
+        tokens = declared_tokens(request.input_chars, request.max_tokens)
+        return Wish(
+            spec.cargo,
+            tokens,
+            affinity,
+            prompt_tokens=tokens - request.max_tokens,
+            output_tokens=request.max_tokens,
+            price_max_micros=spec.price_max_micros,
+            policy=spec.policy,
+            priority=spec.priority,
+            account=spec.account,
+            job_s_max=self._job_timeout_s,
+            island=spec.island,
+            waits_for_price=spec.patience_s is not None,
+        )
+
+    async def _place(self, spec: JobSpec, progress: _Progress) -> Placement:
+        capacity_wait_s, island_wait_s = self._capacity_wait_s, self._island_wait_s
+        if spec.patience_s is not None:
+            capacity_wait_s = island_wait_s = spec.patience_s
         if progress.full_since_s is not None:
             capacity_wait_s = max(0.0, progress.full_since_s + capacity_wait_s - trio.current_time())
         try:
-            return await self._placer.place(progress.wish, capacity_wait_s, self._island_wait_s)
+            return await self._placer.place(progress.wish, capacity_wait_s, island_wait_s)
         except Refused as refusal:
             last = progress.last_refusal
             if last is None or refusal.code is Code.NO_CAPACITY:
@@ -226,6 +252,10 @@ class Dispatcher:
 
     async def _attempt(self, spec: JobSpec, progress: _Progress, placement: Placement, emit: Emit) -> ChoiceResult:
         candidate, request = placement.candidate, progress.request
+        metered = progress.metered
+        metered.island, metered.ask, metered.placed = candidate.island, candidate.offer.ask, placement.choice
+        metered.region = self._placer.region_of(candidate.island)
+        metered.tokens, metered.started_s = 0, trio.current_time()
         resume = bytes(progress.tokens)
         payload = GENERATION.encode(replace(request, resume=resume) if resume else request)
         ticket = self._ticket(spec, progress, candidate)
@@ -241,7 +271,7 @@ class Dispatcher:
         # stages tell the sequences of jobs apart by the job's id, so choices of one request need ids of their own there
         several = candidate.plan is not None and len(spec.choices) > 1
         job_id = f"{spec.job_id}.{progress.index}" if several else spec.job_id
-        return self._issuer.issue(job_id, candidate, progress.request.max_tokens, spec.cache_salt)
+        return self._issuer.issue(job_id, candidate, progress.wish, spec.cache_salt)
 
     async def _mend(
         self, spec: JobSpec, run: JobRun, progress: _Progress, candidate: Candidate, broken: RouteBroken
@@ -265,6 +295,8 @@ class Dispatcher:
         if mended.plan != candidate.plan:  # a slow stage may stay
             self.statistics.routes_mended += 1
             progress.mended += 1
+        if progress.metered.placed is not None:  # who is paid is who stands in the route
+            progress.metered.placed = replace(progress.metered.placed, candidate=mended)
         return mended
 
     async def _follow(
@@ -278,11 +310,13 @@ class Dispatcher:
                 if not progress.served:
                     progress.serve(candidate.island, engine)
                 progress.tokens += message.tokens
+                progress.metered.tokens += len(message.tokens) // 4
                 if message.text or message.logprobs:
                     await emit(Text(index, message.text, read_logprobs(message.logprobs)))
             elif isinstance(message, JobAccepted):
                 engine = message.engine if candidate.plan is None else candidate.offer.engine
                 progress.full_since_s = None
+                progress.metered.started_s = trio.current_time()
                 self._note_takeover(progress, engine)
                 placed_s = trio.current_time() - progress.started_s
                 await emit(Accepted(index, candidate.island, engine, placed_s, _route(candidate)))
@@ -313,6 +347,8 @@ class Dispatcher:
         self.statistics.refusals[refusal.code] += 1
         if refusal.code is Code.WORKER_DIED or (refusal.code is Code.LINK_LOST and progress.opened and candidate.plan is None):
             progress.workers_ended += 1
+            progress.metered.failed.append(candidate.island)
+            self._placer.standing.failed(candidate.island, trio.current_time())
             self.statistics.workers_ended += 1
         elif candidate.plan is not None and len(progress.tokens) > progress.tokens_before:
             progress.attempts = 1  # Islands of a pipeline come and go; as long as the answer grows, the job is not at fault
@@ -388,6 +424,7 @@ def _result(progress: _Progress, done: JobDone, candidate: Candidate) -> ChoiceR
         stages=_shares(done, candidate),
         wire_us=done.wire_us,
         mended=progress.mended,
+        receipt=done.receipt,
     )
 
 
@@ -395,7 +432,3 @@ def _parts(request: GenerationRequest) -> list[tuple[str, str]]:
     if request.messages:
         return [(message.role, message.content) for message in request.messages]
     return [("prompt", request.prompt)]
-
-
-def _chars(request: GenerationRequest) -> int:
-    return len(request.prompt) + sum(len(message.content) for message in request.messages)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from coordinator.logprobs import TokenLogprob
+from coordinator.matching import Choice
+from coordinator.regions import Residency
 from protocol.generation import FinishReason, GenerationRequest
 from protocol.prices import Ask
 
@@ -13,13 +15,20 @@ from protocol.prices import Ask
 class JobSpec:
     """One request of a Consumer. Each choice runs as a job of its own on some Island; all share the job id.
 
-    ``cache_salt``: 32 bytes of the account. ``job_id`` stands in tickets, headers and logs.
+    ``cache_salt``: 32 bytes of the account. ``job_id`` stands in tickets, headers and logs. ``price_max_micros``: what a choice may cost,
+    None for any price. ``island``: where a quote has promised to run it.
     """
 
     job_id: str
     cargo: str
     cache_salt: bytes
     choices: tuple[GenerationRequest, ...]
+    account: str = ""
+    price_max_micros: int | None = None
+    policy: Residency | None = None
+    priority: int = 0
+    island: str = ""
+    patience_s: float | None = None  # how long it waits for an Island; None: as the Coordinator is set
 
     def __post_init__(self) -> None:
         if not self.choices:
@@ -75,6 +84,47 @@ class ChoiceResult:
     stages: tuple[StageShare, ...] = ()
     wire_us: int = 0
     mended: int = 0  # times that a stage was replaced on the way
+    receipt: bytes = b""
 
 
-Event = Accepted | Text | ChoiceResult
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The job is paid for: comes before its last result. ``price_micros`` is what was charged, ``placement`` why it ran where it did (JSON,
+    or empty)."""
+
+    price_micros: int
+    placement: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What follows is the kept answer of an earlier job."""
+
+    job_id: str
+
+
+Event = Accepted | Text | ChoiceResult | Settled | Replayed
+
+
+@dataclass(slots=True)
+class Metered:
+    """What one choice has used so far at the Island that works on it now, as the receiver counts it."""
+
+    island: str = ""
+    region: str = ""
+    ask: Ask = field(default_factory=Ask)
+    placed: Choice | None = None
+    tokens: int = 0  # that came from this Island
+    started_s: float = 0.0
+    ended_s: float = 0.0  # 0.0 while it works
+    failed: list[str] = field(default_factory=list)  # Islands that broke
+
+
+@dataclass(slots=True)
+class Meter:
+    """Kept by whoever runs a job, read by whoever settles it, however it ended."""
+
+    choices: dict[int, Metered] = field(default_factory=dict)
+
+    def choice(self, index: int) -> Metered:
+        return self.choices.setdefault(index, Metered())

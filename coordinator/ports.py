@@ -1,4 +1,4 @@
-"""How the Coordinator reaches Islands: an interface of five methods that node implements over libp2p and tests with a fake network."""
+"""How the Coordinator reaches Islands: an interface of six methods that node implements over libp2p and tests with a fake network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from protocol.book import Book
-from protocol.hold import DropShard, HoldProgress, HoldShard, ShardHeld
+from protocol.hold import DropShard, HoldProgress, HoldShard, SetAsk, ShardHeld
 from protocol.messages import JobAccepted, JobChunk, JobDone, RouteBroken
 
 
@@ -42,6 +42,10 @@ class IslandPort(Protocol):
 
     async def drop_shard(self, island: str, order: DropShard) -> None:
         """Has an Island give layers up, which then takes no memory any more. Raises Refused."""
+        ...
+
+    async def set_ask(self, island: str, order: SetAsk) -> None:
+        """Tells an Island what its owner wants it to ask. Raises Refused with its words, LINK_LOST where it cannot be reached."""
         ...
 
     async def wait_book_changed(self) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import fields
 from typing import Any
@@ -13,20 +15,37 @@ from typing import Any
 import trio
 
 from coordinator.affinity import Affinity
+from coordinator.books.books import Books, open_books
+from coordinator.books.jobs import Job
 from coordinator.config import CoordinatorConfig
+from coordinator.desk import Desk, Identity, Order
+from coordinator.direct import DirectBooks
+from coordinator.direct_keys import DirectKeys
 from coordinator.dispatch import Dispatcher
-from coordinator.http.app import Api, Services
+from coordinator.http.account_routes import AccountRoutes
+from coordinator.http.app import Admit, Api, Routes, Services
 from coordinator.http.auth import Gate
 from coordinator.http.bridge import Bridge
+from coordinator.http.job_routes import JobRoutes, job_order
+from coordinator.http.market_routes import MarketRoutes
 from coordinator.http.metrics import Metrics
+from coordinator.http.terms import Terms
 from coordinator.http.thread import HttpThread, tls_context
+from coordinator.job_board import JobBoard
 from coordinator.keys import KeyStore
+from coordinator.market import MarketShell
 from coordinator.pipelines import Pipelines
 from coordinator.placement import Placer
 from coordinator.ports import IslandPort
+from coordinator.regions import parse_policy
+from coordinator.standing import Standing
 from coordinator.statistics import Statistics
 from coordinator.tickets import TicketIssuer
+from coordinator.upkeep import Upkeep, begin_run
+from privacy.keys import cache_salt
+from privacy.sealed_rows import RowSealer
 from protocol import limits
+from protocol.generation import GENERATION
 from protocol.identity import Signer
 from protocol.shards import ShardManifest
 
@@ -36,18 +55,10 @@ _DRAIN_POLL_S = 0.02
 class CoordinatorServer:
     """A Coordinator that serves. ``url`` is where."""
 
-    def __init__(
-        self,
-        http: HttpThread,
-        dispatcher: Dispatcher,
-        placer: Placer,
-        bridge: Bridge,
-        services: Services,
-        pipelines: Pipelines,
-    ) -> None:
-        self._http, self._dispatcher, self._placer, self._bridge = http, dispatcher, placer, bridge
-        self.pipelines = pipelines
-        self._services = services
+    def __init__(self, http: HttpThread, parts: _Parts, bridge: Bridge, services: Services) -> None:
+        self._http, self._parts, self._bridge, self._services = http, parts, bridge, services
+        self._dispatcher, self._placer, self.pipelines = parts.dispatcher, parts.placer, parts.pipelines
+        self.desk, self.books, self.direct = parts.desk, parts.books, parts.direct
 
     def __repr__(self) -> str:
         return f"<CoordinatorServer {self.url}: {self._dispatcher.running} running, {self._placer.waiting} waiting>"
@@ -60,11 +71,12 @@ class CoordinatorServer:
     async def drain(self, timeout_s: float = limits.DRAIN_S) -> bool:
         """Takes no new requests and waits for the running ones; False when some still run after ``timeout_s`` seconds."""
         self._services.draining.set()
+        self._parts.upkeep.draining = True
         await self._http.stop_listening()
         with trio.move_on_after(timeout_s):
-            while self._bridge.tasks:
+            while self._bridge.tasks or self.desk.is_busy:
                 await trio.sleep(_DRAIN_POLL_S)
-        return not self._bridge.tasks
+        return not (self._bridge.tasks or self.desk.is_busy)
 
     def statistics(self) -> dict[str, Any]:
         """Counts since the start and what goes on now; no secrets, no prompts."""
@@ -77,6 +89,8 @@ class CoordinatorServer:
             "waiting": self._placer.waiting,
             "open_jobs": self._placer.open_jobs,
             "bridge_tasks": self._bridge.tasks,
+            "answers_replayed": self.desk.replayed,
+            "jobs_adopted": self._parts.upkeep.adopted,
         }
 
 
@@ -89,84 +103,190 @@ async def open_coordinator(
     salt_secret: bytes,
     well_known: Callable[[], dict[str, Any]],
     manifests: Mapping[str, ShardManifest] | None = None,
+    round_trips_s: Callable[[], Mapping[str, float]] = dict,
 ) -> AsyncIterator[CoordinatorServer]:
     """A serving Coordinator, ready when this is entered.
 
     ``manifests``: of models that may be cut and run on several Islands, by name. ``key`` signs tickets; ``salt_secret`` keeps the prefix
-    caches of accounts apart; ``well_known`` gives what ``/.well-known/archipelag.json`` says and is called in trio. Raises ConfigError
-    when the database, the TLS files or the address cannot be used.
+    caches of accounts apart and seals what is kept of answers; ``well_known`` gives what ``/.well-known/archipelag.json`` says and is
+    called in trio; ``round_trips_s`` those to Islands, by peer id. Raises ConfigError when the database, the TLS files or the address
+    cannot be used, or the database holds another network's books.
     """
     tls = tls_context(config.tls_cert, config.tls_key) if config.tls_cert else None
-    with closing(KeyStore(config.database_url)) as store:
-        gate = Gate(store, config.login_tries_per_minute, config.trusted_proxies, time.monotonic)
+    async with open_books(config.database_url) as books:
+        gate = Gate(KeyStore(books.database), config, time.monotonic)
         with closing(gate):
-            async with trio.open_nursery() as nursery:
-                pipelines = Pipelines(manifests or {}, port, time.time)
-                placer = Placer(port.book, random.Random(secrets.randbits(64)), pipelines=pipelines)
-                pipelines.on_change = placer.book_changed
-                await nursery.start(pipelines.run)
-                dispatcher = _dispatcher(config, port, placer, key, network, pipelines)
-                bridge = Bridge(nursery)
-                services = _services(config, bridge, dispatcher, placer, gate, well_known, salt_secret)
-                http = HttpThread(Api(services).application, config.http_host, config.http_port, tls)
-                nursery.start_soon(http.run)
-                try:
-                    await http.wait_ended_or_started()
-                    if http.error is None:
-                        nursery.start_soon(_watch_book, port, placer)
-                        yield CoordinatorServer(http, dispatcher, placer, bridge, services, pipelines)
-                finally:
-                    http.stop()
-                    nursery.cancel_scope.cancel()
+            boot = await begin_run(books, network, salt_secret, key.peer_id)
+            parts = _Parts(config, books, boot, port, key, network, salt_secret, manifests or {}, round_trips_s)
+            try:
+                async with trio.open_nursery() as nursery:
+                    await parts.start(nursery)
+                    bridge = Bridge(nursery)
+                    services = _services(config, bridge, parts, gate, well_known, salt_secret)
+                    http = HttpThread(Api(services).application, config.http_host, config.http_port, tls)
+                    nursery.start_soon(http.run)
+                    try:
+                        await http.wait_ended_or_started()
+                        if http.error is None:
+                            parts.url = http.url
+                            nursery.start_soon(_watch_book, port, parts.placer)
+                            yield CoordinatorServer(http, parts, bridge, services)
+                    finally:
+                        http.stop()
+                        nursery.cancel_scope.cancel()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await parts.upkeep.leave()
+                    if parts.account_routes is not None:
+                        await trio.to_thread.run_sync(parts.account_routes.close)
     # raised out here, where no nursery wraps it into a group
     if http.error is not None:
         raise http.error
 
 
-def _dispatcher(
-    config: CoordinatorConfig, port: IslandPort, placer: Placer, key: Signer, network: str, pipelines: Pipelines
-) -> Dispatcher:
-    return Dispatcher(
-        port,
-        placer,
-        TicketIssuer(key, network, config.job_timeout_s, time.time, secrets.token_bytes, config.activations),
-        Affinity(secrets.token_bytes(32)),
-        Statistics(),
-        config.job_timeout_s,
-        config.capacity_wait_s,
-        config.island_wait_s,
-        pipelines,
-    )
+class _Parts:
+    """The inner parts, made in the order in which they need one another."""
+
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        books: Books,
+        boot: int,
+        port: IslandPort,
+        key: Signer,
+        network: str,
+        salt_secret: bytes,
+        manifests: Mapping[str, ShardManifest],
+        round_trips_s: Callable[[], Mapping[str, float]],
+    ) -> None:
+        self.books = books
+        self.account_routes: AccountRoutes | None = None
+        self.url = ""
+        self.pipelines = Pipelines(manifests, port, time.time)
+        rng = random.Random(secrets.randbits(64))
+        standing = Standing(config.require_approval)
+        self.placer = Placer(port.book, rng, pipelines=self.pipelines, standing=standing, round_trips_s=round_trips_s)
+        self.pipelines.on_change = self.placer.book_changed
+        issuer = TicketIssuer(key, network, config.job_timeout_s, time.time, secrets.token_bytes, config.activations)
+        self.dispatcher = Dispatcher(
+            port,
+            self.placer,
+            issuer,
+            Affinity(secrets.token_bytes(32)),
+            Statistics(),
+            config.job_timeout_s,
+            config.capacity_wait_s,
+            config.island_wait_s,
+            self.pipelines,
+        )
+        me = Identity(key.peer_id, boot)
+        self.market = MarketShell(books, self.placer, port, me.owner, _now_ms, config.job_timeout_s)
+        self.desk = Desk(
+            books,
+            self.dispatcher,
+            self.market,
+            RowSealer(salt_secret),
+            me,
+            _now_ms,
+            secrets.token_bytes,
+            config.job_timeout_s,
+            config.retry_window_s,
+        )
+        self.direct = DirectBooks(
+            books,
+            self.placer,
+            self.market,
+            issuer,
+            DirectKeys(KeyStore(books.database), time.monotonic),
+            me,
+            salt_secret,
+            _now_ms,
+            self.placer.addresses_of,
+            self.pipelines,
+        )
+        self.board = JobBoard(self.desk, _restorer(salt_secret, config, self.placer))
+        self.upkeep = Upkeep(self.desk, self.board, standing, self.market, lambda: self.url)
+
+    async def start(self, nursery: trio.Nursery) -> None:
+        """Each is ready before the next one begins."""
+        await nursery.start(self.pipelines.run)
+        await nursery.start(self.board.run)
+        await nursery.start(self.market.run)
+        await nursery.start(self.upkeep.run)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _restorer(salt_secret: bytes, config: CoordinatorConfig, placer: Placer) -> Callable[[Job, bytes], Order]:
+    """Makes the order of a job again that an earlier run, or another Coordinator, had accepted."""
+
+    def restore(job: Job, given: bytes) -> Order:
+        placer.remember_offered((job.cargo,))  # or it would be unknown to one that has just started and waits for its Islands
+        policy = parse_policy(json.loads(job.policy)) if job.policy else None
+        terms = Terms(priority=job.priority, policy=policy, policy_text=job.policy, fingerprint=job.fingerprint)
+        salt = cache_salt(salt_secret, job.account)
+        generation = GENERATION.decode(given)
+        return job_order(
+            job.id, job.cargo, generation, terms, job.account, salt, config.result_retention_s, config.job_timeout_s
+        )
+
+    return restore
 
 
 def _services(
     config: CoordinatorConfig,
     bridge: Bridge,
-    dispatcher: Dispatcher,
-    placer: Placer,
+    parts: _Parts,
     gate: Gate,
     well_known: Callable[[], dict[str, Any]],
     salt_secret: bytes,
 ) -> Services:
     def gauges() -> dict[str, float]:
         return {
-            "islands": placer.islands_seen,
-            "jobs_running": dispatcher.running,
-            "jobs_waiting": placer.waiting,
+            "islands": parts.placer.islands_seen,
+            "jobs_running": parts.dispatcher.running,
+            "jobs_waiting": parts.placer.waiting,
+            "books_groups": parts.books.writer.statistics.groups,
+            "books_changes": parts.books.writer.statistics.units,
+            "books_refusals": parts.books.writer.statistics.refused,
+            "books_failures": parts.books.writer.statistics.failed,
+            "answers_replayed": parts.desk.replayed,
+            "jobs_adopted": parts.upkeep.adopted,
         }
 
-    return Services(
+    def more(admit: Admit) -> Sequence[Routes]:
+        parts.account_routes = AccountRoutes(admit, parts.books.database, parts.books.writer, gate)
+        jobs = JobRoutes(
+            admit,
+            bridge,
+            parts.board,
+            functools.partial(cache_salt, salt_secret),
+            salt_secret,
+            config.result_retention_s,
+            config.job_timeout_s,
+            config.keep_alive_comment_s,
+            services.draining.is_set,
+        )
+        return parts.account_routes, jobs, MarketRoutes(admit, bridge, parts.market, config.job_timeout_s)
+
+    services = Services(
         bridge=bridge,
-        dispatcher=dispatcher,
-        placer=placer,
+        worker=parts.desk,
+        placer=parts.placer,
         gate=gate,
-        metrics=Metrics(dispatcher.statistics, gauges),
+        metrics=Metrics(parts.dispatcher.statistics, gauges),
         well_known=well_known,
         salt_secret=salt_secret,
         version=config.version,
         body_bytes_max=config.body_bytes_max,
         keep_alive_comment_s=config.keep_alive_comment_s,
+        keep_s=config.retry_window_s,
+        job_timeout_s=config.job_timeout_s,
+        more=more,
     )
+    return services
 
 
 async def _watch_book(port: IslandPort, placer: Placer) -> None:

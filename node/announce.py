@@ -1,8 +1,8 @@
 """``/archipelag/ads/1``, both ends: an Island introduces itself to a Coordinator and keeps it informed; anybody helps a newcomer.
 
-The client holds one long-lived stream to its Coordinator. It says hello, checks the Coordinator's delegation, announces a fresh ad,
-and announces again whenever the ad changes. When the stream is lost it redials with backoff and jitter, at most about a second
-apart, for as long as the node lives: a Coordinator that restarts has its Islands back within seconds.
+The client holds one long-lived stream to each Coordinator that it knows, up to ``JOINED_MAX``. It says hello, checks the Coordinator's
+delegation, announces a fresh ad, and announces again whenever the ad changes. When a stream is lost it redials with backoff and jitter, at
+most about a second apart, for as long as the node lives: a Coordinator that restarts has its Islands back within seconds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ from protocol.tickets import Delegation
 
 log = logging.getLogger(__name__)
 
+JOINED_MAX = 4  # Coordinators of a network that an Island is joined to at once
 _REDIAL_MAX_S = 1.0
+_LOOK_ROUND_MAX_S = 30.0  # for a Coordinator that was never reached, while there is another
 _PROBLEM_REPEAT_S = 30.0
 
 
@@ -70,6 +72,10 @@ class AdSource:
         return self.current
 
 
+class AllTaken(ArchipelagError):
+    """There is no Coordinator left to dial."""
+
+
 class CoordinatorFinder:
     """Turns the configured addresses into a Coordinator that has proved its delegation."""
 
@@ -89,16 +95,38 @@ class CoordinatorFinder:
         """Multiaddrs of Coordinators to tell to newcomers."""
         return tuple(a for a in self._addresses + self._learned if a.startswith("/"))[: limits.AD_ADDRESSES_MAX]
 
-    async def open(self) -> tuple[FrameStream, Delegation]:
-        """A stream to the first Coordinator that answers. Raises ConfigError, OSError, ArchipelagError or TooSlowError of the last try."""
+    async def open(self, taken: set[str] | None = None) -> tuple[FrameStream, Delegation]:
+        """A stream to the first Coordinator that answers. Raises ConfigError, OSError, ArchipelagError or TooSlowError of the last try.
+
+        ``taken``: peers to leave out, since somebody else dials them or has a stream to them. The one that this opens is put there, to be
+        taken out by the caller when the stream has ended.
+        """
+        taken = set() if taken is None else taken
         error: Exception = ConfigError("no Coordinator is known; give one with --coordinator")
         for address in [*self._addresses, *self._learned]:
+            if self._peer_of(address) in taken:
+                error = AllTaken("there is a stream to every Coordinator that is known")
+                continue
             try:
                 with trio.fail_after(limits.DIAL_TIMEOUT_S):
-                    return await self._try(await resolve_coordinator(address, self._pins, self._ca_file))
+                    return await self._take(await resolve_coordinator(address, self._pins, self._ca_file), taken)
             except (OSError, ArchipelagError, trio.TooSlowError) as caught:
                 error = caught
         raise error
+
+    def _peer_of(self, address: str) -> str:
+        """Empty where it cannot be told yet."""
+        return address.rpartition("/p2p/")[2] if address.startswith("/") else self._pins.peer_of(address)
+
+    async def _take(self, target: CoordinatorAddress, taken: set[str]) -> tuple[FrameStream, Delegation]:
+        if target.peer in taken:
+            raise AllTaken(f"there is a stream to {target.peer} already")
+        taken.add(target.peer)
+        try:
+            return await self._try(target)
+        except BaseException:
+            taken.discard(target.peer)
+            raise
 
     async def _try(self, target: CoordinatorAddress) -> tuple[FrameStream, Delegation]:
         self._host.remember(target.peer, target.addresses)
@@ -126,7 +154,7 @@ class CoordinatorFinder:
 
 
 class AdsClient:
-    """Keeps one Coordinator informed. ``ready`` is set when it has acknowledged an ad."""
+    """Keeps Coordinators informed. ``ready`` is set when one has acknowledged an ad."""
 
     def __init__(
         self,
@@ -138,45 +166,72 @@ class AdsClient:
     ) -> None:
         self._finder, self._ads, self._keeper, self._trust, self._rng = finder, ads, keeper, trust, rng
         self.ready = trio.Event()
-        self.coordinator = ""
+        self._taken: set[str] = set()
+        self._joined: dict[str, None] = {}
+        self._told_s = -_PROBLEM_REPEAT_S
         self.sessions_total = 0
         self.refusal = ""
 
     def __repr__(self) -> str:
-        return f"<AdsClient to {self.coordinator or 'nobody'}, {self.sessions_total} sessions>"
+        return f"<AdsClient to {', '.join(self._joined) or 'nobody'}, {self.sessions_total} sessions>"
+
+    @property
+    def coordinators(self) -> tuple[str, ...]:
+        """Peer ids of those that we are joined to, the longest first."""
+        return tuple(self._joined)
+
+    @property
+    def coordinator(self) -> str:
+        """The one that we have been joined to for longest; empty while there is none."""
+        return next(iter(self._joined), "")
 
     async def run(self) -> None:
         """Runs until cancelled."""
-        failures, told_s = 0, -_PROBLEM_REPEAT_S
-        while True:
-            before = self.sessions_total
-            try:
-                await self._session()
-            except (OSError, ArchipelagError, trio.TooSlowError) as error:
-                if self.sessions_total > before:
-                    failures, told_s = 0, -_PROBLEM_REPEAT_S
-                if trio.current_time() - told_s >= _PROBLEM_REPEAT_S:
-                    told_s = trio.current_time()
-                    log.warning("no Coordinator at the moment (%s); trying again", str(error) or type(error).__name__)
-            failures += 1
-            await trio.sleep(
-                min(_REDIAL_MAX_S, limits.RECONNECT_MIN_S * 2 ** min(failures, 8)) * self._rng.uniform(0.5, 1.0)
-            )
+        async with trio.open_nursery() as nursery:
+            for _ in range(JOINED_MAX):
+                nursery.start_soon(self._keep_one)
 
-    async def _session(self) -> None:
-        stream, delegation = await self._finder.open()
+    async def _keep_one(self) -> None:
+        """A stream to some Coordinator that no other of these tasks has one to."""
+        failures, had_one = 0, False
+        while True:
+            try:
+                stream, delegation = await self._finder.open(self._taken)
+            except AllTaken:
+                had_one = False
+            except (OSError, ArchipelagError, trio.TooSlowError) as error:
+                self._tell(error)
+            else:
+                failures, had_one = 0, True
+                await self._session(stream, delegation)
+            failures += 1
+            longest_s = _REDIAL_MAX_S if had_one or not self._joined else _LOOK_ROUND_MAX_S
+            await trio.sleep(min(longest_s, limits.RECONNECT_MIN_S * 2 ** min(failures, 8)) * self._rng.uniform(0.5, 1.0))
+
+    def _tell(self, error: Exception) -> None:
+        """As long as there is another Coordinator nothing is wrong."""
+        if not self._joined and trio.current_time() - self._told_s >= _PROBLEM_REPEAT_S:
+            self._told_s = trio.current_time()
+            log.warning("no Coordinator at the moment (%s); trying again", str(error) or type(error).__name__)
+
+    async def _session(self, stream: FrameStream, delegation: Delegation) -> None:
+        """To the end of the stream."""
+        peer = delegation.coordinator
         try:
             self._trust(delegation)
-            self._keeper.trust(delegation.coordinator)
-            self.coordinator, self.sessions_total = delegation.coordinator, self.sessions_total + 1
-            log.info("joined network %s through Coordinator %s", delegation.network, delegation.coordinator)
+            self._keeper.trust(peer)
+            self._joined[peer] = None
+            self.sessions_total += 1
+            log.info("joined network %s through Coordinator %s", delegation.network, peer)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._speak, stream)
                 await self._listen(stream)
         except* (LinkLost, RemoteProtocolError, OSError) as group:
-            raise LinkLost(f"lost the Coordinator: {group.exceptions[0]}") from None
+            log.warning("lost Coordinator %s: %s", peer, group.exceptions[0])
         finally:
-            self.coordinator = ""
+            self._joined.pop(peer, None)
+            self._taken.discard(peer)
+            self._told_s = -_PROBLEM_REPEAT_S
             stream.abort()
 
     async def _speak(self, stream: FrameStream) -> None:
@@ -212,13 +267,16 @@ class AdsServer:
         hello: Callable[[], Hello],
         coordinators: Callable[[], tuple[str, ...]],
         pass_on: Callable[[bytes], None],
+        meet: Callable[[Hello, str], object] = lambda hello, sender: None,
     ) -> None:
+        """``meet`` is told who opens a stream, and raises RemoteProtocolError for somebody who may not."""
         self._keeper, self._hello, self._coordinators, self._pass_on = keeper, hello, coordinators, pass_on
+        self._meet = meet
         self.sessions_open = 0
 
     async def serve(self, stream: FrameStream) -> None:
         """Handler of one stream; raises what ends it."""
-        ours = await answer_hello(stream, self._hello)
+        ours = await answer_hello(stream, self._hello, self._meet)
         if ours.role is not NodeRole.COORDINATOR:
             await stream.send(Coordinators(self._coordinators()))
         self.sessions_open += 1

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from node import VERSION
 from protocol.errors import ArchipelagError, ConfigError
 
-COMMANDS = ("start", "coordinator", "demo", "keys", "cargo", "status", "peers", "doctor")
-EXIT_CONFIG, EXIT_INTERRUPTED = 2, 130
+COMMANDS = ("start", "coordinator", "bridge", "demo", "keys", "accounts", "cargo", "status", "peers", "doctor")
+EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_PIPE = 2, 130, 141
 
 _DESCRIPTION = "Archipelag: a peer-to-peer network that turns home GPUs into one inference service."
 _EPILOG = """\
@@ -19,8 +20,10 @@ first steps:
   archipelag-node demo                                    a Coordinator, two Islands and an answer on this machine
   archipelag-node coordinator                             run a Coordinator; it prints its address
   archipelag-node keys create                             make an API key for it
+  archipelag-node accounts show local                     credits, karma and Islands of an account
   archipelag-node start --coordinator URL --cargo smollm2-135m
                                                           run an Island that serves a model
+  archipelag-node bridge --coordinator URL                the API on your own machine, with answers straight from Islands
 
 Every option can also be set in the environment (--memory-limit is ARCHIPELAG_MEMORY_LIMIT) or in config.toml in the data
 folder (memory_limit = "4G"); flags win over the environment, the environment over the file."""
@@ -46,12 +49,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 wrong usage or settings, 1 anything else that went wrong, 130 after Ctrl-C."""
+    """Exit status: 0 done, 2 wrong usage or settings, 1 anything else that went wrong, 130 after Ctrl-C, 141 when stdout was closed."""
     parsed = build_parser().parse_args(arguments)
     try:
-        return int(parsed.run(parsed) or 0)
+        status = int(parsed.run(parsed) or 0)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # whoever read our output has what he wanted, as `grep -q` does; the interpreter must not try to flush the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
     except (ArchipelagError, BaseExceptionGroup) as error:
         cause = _first_cause(error)
         if not isinstance(cause, (ArchipelagError, KeyboardInterrupt)):

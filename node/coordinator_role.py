@@ -8,6 +8,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -22,6 +23,7 @@ from node.bookkeeper import BookKeeper, now_ms
 from node.catchup import CatchUp
 from node.control import serve_control
 from node.datadir import PEERS_FILE, DataDir
+from node.direct_served import DirectServer
 from node.greeting import exchange_hello
 from node.holder import Links
 from node.island import peers_json
@@ -31,12 +33,14 @@ from node.net.host import Host, PeerLost, open_host
 from node.ready import remove_ready, write_ready
 from node.signals import watch_signals
 from node.spread import Spreader
+from node.trust import check_delegation
 from privacy.keys import NodeKey
 from protocol import limits
 from protocol.ads import sign_lost
 from protocol.book import Book
+from protocol.direct import DESK, DESK_PROTOCOL, SETTLE, SETTLE_PROTOCOL
 from protocol.errors import Code, LinkLost, Refused, RemoteProtocolError
-from protocol.hold import HOLD, HOLD_PROTOCOL, DropShard, HoldProgress, HoldRefused, HoldShard, ShardHeld
+from protocol.hold import HOLD, HOLD_PROTOCOL, DropShard, HoldProgress, HoldRefused, HoldShard, SetAsk, ShardHeld
 from protocol.messages import ADS, ADS_PROTOCOL, PROTOCOL_VERSION, Hello, NodeRole
 from protocol.shards import ShardManifest
 from protocol.tickets import Delegation, network_id_of, sign_delegation
@@ -53,6 +57,7 @@ class CoordinatorRole:
     mdns: bool = True
     ready_file: str | None = None
     manifests: Mapping[str, ShardManifest] = field(default_factory=dict)
+    network_of: str | None = None  # data folder of a Coordinator whose network this one is to serve too
 
 
 class NetworkPort:
@@ -99,8 +104,14 @@ class NetworkPort:
             if isinstance(answer, HoldRefused):
                 raise Refused(answer.code, answer.message)
 
+    async def set_ask(self, island: str, order: SetAsk) -> None:
+        async with self._ordered(island, order) as stream:
+            answer = await stream.receive()
+            if isinstance(answer, HoldRefused):
+                raise Refused(answer.code, answer.message)
+
     @asynccontextmanager
-    async def _ordered(self, island: str, order: HoldShard | DropShard) -> AsyncIterator[FrameStream]:
+    async def _ordered(self, island: str, order: HoldShard | DropShard | SetAsk) -> AsyncIterator[FrameStream]:
         """The stream on which the Island answers an order. Raises Refused(LINK_LOST)."""
         entry = self._keeper.book.entries.get(island)
         if entry is not None and island not in self._host.connected_peers():
@@ -144,6 +155,8 @@ async def run_coordinator(role: CoordinatorRole) -> None:
     """Runs until a signal, then drains. Raises ConfigError when it cannot start."""
     data = DataDir.open(role.data_dir)
     with data.locked():
+        if role.network_of:
+            data.join(Path(role.network_of).expanduser())
         async with trio.open_nursery() as nursery:
             stop = trio.Event()
             await nursery.start(watch_signals, stop)
@@ -161,9 +174,12 @@ class _Coordinator:
         self._keeper = BookKeeper(self._network)
         self._keeper.trust(self._key.peer_id)
         self._spreader = Spreader(host, self._network, self._keeper)
-        self._ads_server = AdsServer(self._keeper, self._hello, self._addresses, self._spreader.publish_nowait)
+        self._ads_server = AdsServer(
+            self._keeper, self._hello, self._addresses, self._spreader.publish_nowait, self._meet
+        )
         self._links: Links | None = None
         self._pipelines: Pipelines | None = None
+        self._direct: DirectServer | None = None
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -180,12 +196,23 @@ class _Coordinator:
             await nursery.start(serve_control, self._data, {"status": self.status, "peers": self.peers})
             salt = self._data.secret("salt")
             async with open_coordinator(
-                self._role.http, port, self._key, self._network, salt, self._well_known, self._role.manifests
+                self._role.http,
+                port,
+                self._key,
+                self._network,
+                salt,
+                self._well_known,
+                self._role.manifests,
+                self._host.round_trips_s,
             ) as server:
                 self._pipelines = server.pipelines
+                self._direct = direct = DirectServer(server.direct, self._hello)
+                self._host.set_handler(DESK_PROTOCOL, DESK, direct.serve_desk)
+                self._host.set_handler(SETTLE_PROTOCOL, SETTLE, direct.serve_settle)
                 self._say_ready(server)
                 await self._stop.wait()
                 remove_ready(self._role.ready_file)
+                direct.draining = True
                 await server.drain(limits.DRAIN_S)
             nursery.cancel_scope.cancel()
 
@@ -204,6 +231,13 @@ class _Coordinator:
         expires_at_ms = now_ms() + int(limits.DELEGATION_LIFETIME_S * 1000)
         delegation = sign_delegation(Delegation(self._network, self._key.peer_id, expires_at_ms), self._network_key)
         return Hello(PROTOCOL_VERSION, NodeRole.COORDINATOR, self._network, AGENT, delegation)
+
+    def _meet(self, hello: Hello, sender: str) -> None:
+        """Another Coordinator of our network is believed when it says that an Island is gone. Raises RemoteProtocolError."""
+        if hello.role is NodeRole.COORDINATOR:
+            delegation = check_delegation(hello, sender, now_ms())
+            if delegation.network == self._network:
+                self._keeper.trust(sender)
 
     def _addresses(self) -> tuple[str, ...]:
         return tuple(self._host.addresses()[: limits.AD_ADDRESSES_MAX])
@@ -233,6 +267,7 @@ class _Coordinator:
             "network": self._network,
             "islands": book.islands,
             "pipelines": self._pipelines.status() if self._pipelines is not None else [],
+            "direct": asdict(self._direct.counts) if self._direct is not None else {},
             "gossip": self._spreader.statistics(),
             "links": repr(self._links),
             "host": asdict(self._host.statistics()),

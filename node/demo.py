@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from node.demo_client import MODEL, DemoFailed, chunks_of, open_answer, say, text_of
+from node.demo_client import MODEL, DemoFailed, ask_json, chunks_of, open_answer, question, say, text_of
 from node.localnet import LocalNetwork
 from protocol.errors import ConfigError
 from runtimes.store import ConsoleProgress, ModelStore
@@ -75,10 +75,13 @@ def _start_islands(count: int, network: LocalNetwork) -> dict[str, str]:
 
 
 def _ask(url: str, key: str, prompt: str, islands: dict[str, str], out: TextIO) -> None:
-    """Streams the answer as it comes, then says who gave it."""
-    with open_answer(url, key, prompt, stream_options={"include_usage": True}) as response:
+    """Asks what the answer will cost at most, streams it as it comes, then says who gave it, what it did cost, and what is left."""
+    quote = ask_json(url, key, "/api/v1/quotes", question(prompt))
+    say(out, f"> {prompt}")
+    quoted = islands.get(quote["island"], "an Island")
+    say(out, f"quote: at most {quote['price']} credits at {quoted}, until {quote['expires_at']}\n")
+    with open_answer(url, key, prompt, stream_options={"include_usage": True}, quote=quote["id"]) as response:
         island = response.getheader("x-archipelag-island", "")
-        say(out, f"> {prompt}")
         last: dict[str, Any] = {}
         for last in chunks_of(response):
             out.write(text_of(last))
@@ -89,6 +92,7 @@ def _ask(url: str, key: str, prompt: str, islands: dict[str, str], out: TextIO) 
         out,
         f"{usage.get('completion_tokens')} tokens, price {metadata.get('price')} credits, job {metadata.get('job_id')}",
     )
+    say(out, f"balance: {ask_json(url, key, '/api/v1/account')['credits']} credits")
 
 
 def _stay(network: LocalNetwork, key: str, out: TextIO) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.client import HTTPConnection, HTTPResponse
 from typing import Any, TextIO
 from urllib.parse import urlsplit
@@ -20,6 +20,26 @@ class DemoFailed(ArchipelagError):
     """The demo's question got no answer."""
 
 
+def ask_json(url: str, key: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """One call of the REST API: GET, or POST where there is a body. Raises DemoFailed for anything but success."""
+    connection = HTTPConnection(urlsplit(url).netloc, timeout=_TIMEOUT_S)
+    with contextlib.closing(connection):
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body), headers)
+        response = connection.getresponse()
+        text = response.read(1_000_000).decode(errors="replace")
+        if response.status not in (200, 201):
+            raise DemoFailed(f"the Coordinator answers {response.status} at {path}: {text[:2000]}")
+        answer: dict[str, Any] = json.loads(text)
+        return answer
+
+
+def question(prompt: str) -> dict[str, Any]:
+    """The body of a greedy chat."""
+    messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": prompt}]
+    return {"model": MODEL, "messages": messages, "temperature": 0}
+
+
 def say(out: TextIO, text: str) -> None:
     print(text, file=out, flush=True)
 
@@ -27,8 +47,7 @@ def say(out: TextIO, text: str) -> None:
 @contextlib.contextmanager
 def open_answer(url: str, key: str, prompt: str, **fields: Any) -> Iterator[HTTPResponse]:
     """A greedy answer as it begins; ``fields`` of the request's body. Raises DemoFailed where there is none."""
-    messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": prompt}]
-    body = {"model": MODEL, "messages": messages, "temperature": 0, "stream": True, **fields}
+    body = {**question(prompt), "stream": True, **fields}
     connection = HTTPConnection(urlsplit(url).netloc, timeout=_TIMEOUT_S)
     with contextlib.closing(connection):
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}

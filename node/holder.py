@@ -1,7 +1,10 @@
 """The holder's end of ``/archipelag/job/1``: one long-lived stream to each Island that works for us, shared by all our jobs there.
 
 Implements ``coordinator.ports.IslandPort``'s ``run_job``. A link is opened by the first job and kept; when it is lost, every job on it
-gets LINK_LOST at once and the next job opens a new one.
+gets LINK_LOST at once and the next job opens a new one. A job that brings neither tokens nor a renewal of its lease for LEASE_S is
+given up.
+
+Where a ticket says so (``count_every``), the holder signs as the tokens come; the Island would stop otherwise.
 """
 
 from __future__ import annotations
@@ -19,15 +22,19 @@ from node.net.frames import FrameStream
 from node.net.host import Host
 from node.outbox import Outbox
 from protocol import limits
-from protocol.errors import ArchipelagError, Code, LinkLost, Refused, RemoteProtocolError
+from protocol.counts import CountSigner
+from protocol.errors import ArchipelagError, Code, LinkLost, LocalProtocolError, Refused, RemoteProtocolError
+from protocol.identity import Signer
 from protocol.jobs import JobState, JobStreams, Side
 from protocol.messages import (
     JOB,
     JOB_PROTOCOL,
     Hello,
     JobAccepted,
+    JobAlive,
     JobCancel,
     JobChunk,
+    JobCount,
     JobDone,
     JobFailed,
     JobOpen,
@@ -43,15 +50,32 @@ _Event = JobAccepted | JobChunk | JobDone | RouteBroken
 
 
 class RunningJob:
-    """One job on a link; iterate it. See coordinator.ports.JobRun."""
+    """One job on a link; iterate it. See coordinator.ports.JobRun.
 
-    def __init__(self, number: int, ticket: bytes, link: Link) -> None:
+    ``receipt``: of JobDone, once it is here. ``signer``: of a job whose ticket wants counts. ``lease_until_s``: on trio's clock, from the
+    moment on that the Island has accepted.
+    """
+
+    def __init__(self, number: int, ticket: bytes, link: Link, holder: Signer | None) -> None:
         self.number, self._link = number, link
         self.ticket_hash = ticket_hash(ticket)
-        self.price_max_micros = peek_ticket(ticket).price_limit_micros
+        facts = peek_ticket(ticket)
+        self.price_max_micros = facts.price_limit_micros
+        self.signer: CountSigner | None = None
+        if facts.count_every:
+            if holder is None:
+                raise LocalProtocolError("this holder has no key to sign counts with, as the ticket wants")
+            self.signer = CountSigner(facts, ticket, holder)
         self.ended = False
+        self.receipt = b""
+        self.lease_until_s = math.inf
         # What may wait here is bounded by the job stream's own limit on tokens, so sending never blocks the link's reader.
         self.send, self._receive = trio.open_memory_channel[_Event | Refused](math.inf)
+
+    @property
+    def count(self) -> bytes:
+        """The last count that was signed; empty where none was."""
+        return self.signer.count if self.signer is not None else b""
 
     def mend(self, ticket: bytes) -> None:
         """See coordinator.ports.JobRun."""
@@ -65,10 +89,10 @@ class RunningJob:
 
 
 class Link:
-    """The stream to one Island."""
+    """The stream to one Island. ``holder`` signs counts; None for a holder that has none to sign."""
 
-    def __init__(self, stream: FrameStream) -> None:
-        self.stream = stream
+    def __init__(self, stream: FrameStream, holder: Signer | None = None) -> None:
+        self.stream, self._holder = stream, holder
         self.outbox = Outbox(stream, JOB)
         self.streams = JobStreams(Side.HOLDER)
         self.jobs: dict[int, RunningJob] = {}
@@ -78,7 +102,7 @@ class Link:
         return f"<Link to {self.stream.remote_peer}: {len(self.jobs)} jobs{', lost' if self.lost else ''}>"
 
     def open(self, ticket: bytes, payload: bytes) -> RunningJob:
-        job = RunningJob(self.streams.next_number(), ticket, self)
+        job = RunningJob(self.streams.next_number(), ticket, self, self._holder)
         message = JobOpen(job.number, ticket, payload)
         self.streams.send(message)
         self.jobs[job.number] = job
@@ -92,12 +116,16 @@ class Link:
             self._say(message)
 
     def leave(self, job: RunningJob) -> None:
-        """The caller wants no more of this job."""
-        if not job.ended and not self.lost and self.streams.state(job.number) in (JobState.OPENING, JobState.RUNNING):
+        """The caller wants no more of this job. What has come of it is signed for."""
+        state = self.streams.state(job.number)
+        if not job.ended and not self.lost and state in (JobState.OPENING, JobState.RUNNING):
+            if state is JobState.RUNNING:
+                self._sign(job, *self.streams.counted(job.number))
             cancel = JobCancel(job.number)
             self.streams.send(cancel)
             self._say(cancel)
         job.ended = True  # what still comes for it is counted and dropped
+        job.lease_until_s = math.inf
 
     def _say(self, message: Any) -> None:
         try:
@@ -105,29 +133,73 @@ class Link:
         except LinkLost as error:
             raise Refused(Code.LINK_LOST, str(error)) from error
 
+    def _sign(self, job: RunningJob, tokens: int, digest: bytes) -> None:
+        count = job.signer.sign(tokens, digest) if job.signer is not None else None
+        if count is not None:
+            message = JobCount(job.number, count)
+            self.streams.send(message)
+            self._say(message)
+
     async def read(self) -> None:
         """Hands messages to their jobs until the stream ends. Raises LinkLost or RemoteProtocolError."""
         while True:
-            self._take(await self.stream.receive())
+            message = await self.stream.receive()
+            try:
+                self._take(message)
+            except Refused as error:  # a count that cannot leave any more
+                raise LinkLost(error.message) from error
 
     def _take(self, message: Any) -> None:
         number = getattr(message, "job", 0)
         job = self.jobs.get(number)
+        counted = None
         if isinstance(message, JobDone) and job is not None:
-            self._check_receipt(message, job)
+            counted = self._check_receipt(message, job)
         self.streams.receive(message)
         if job is None:
             raise RemoteProtocolError(f"{type(message).__name__} for job {number}, which is not open here")
         if isinstance(message, JobFailed):
             self._end(job, Refused(message.code, message.message))
         elif isinstance(message, JobDone):
+            job.receipt = message.receipt
+            if counted is not None and not job.ended:
+                self._sign(job, *counted)
             self._end(job, message)
         elif not job.ended:
-            job.send.send_nowait(message)
+            self._go_on(job, message)
 
-    def _check_receipt(self, done: JobDone, job: RunningJob) -> None:
+    def _go_on(self, job: RunningJob, message: _Event | JobAlive) -> None:
+        if not isinstance(message, RouteBroken):
+            job.lease_until_s = trio.current_time() + limits.LEASE_S
+        if isinstance(message, JobAlive):
+            return
+        if isinstance(message, JobChunk) and job.signer is not None:
+            tokens, digest = self.streams.counted(job.number)
+            if job.signer.is_due(tokens):
+                self._sign(job, tokens, digest)
+        job.send.send_nowait(message)
+
+    async def watch_leases(self) -> None:
+        """Gives up the jobs of which the Island has said nothing for LEASE_S. One that is accepted meanwhile outlasts the sleep."""
+        while True:
+            now_s = trio.current_time()
+            for job in [job for job in self.jobs.values() if job.lease_until_s <= now_s]:
+                self._give_up(job)
+            await trio.sleep_until(min((now_s + limits.LEASE_S, *(job.lease_until_s for job in self.jobs.values()))))
+
+    def _give_up(self, job: RunningJob) -> None:
+        log.info("job %d brought nothing for %.0f s and is given up", job.number, limits.LEASE_S)
+        job.send.send_nowait(Refused(Code.LEASE_LOST, f"the Island has said nothing of the job for {limits.LEASE_S:.0f} s"))
+        job.send.close()
+        try:
+            self.leave(job)
+        except Refused as error:
+            log.debug("cancel of job %d not sent: %s", job.number, error)
+
+    def _check_receipt(self, done: JobDone, job: RunningJob) -> tuple[int, bytes] | None:
+        """What was counted here: tokens and digest."""
         if self.streams.state(job.number) not in (JobState.RUNNING, JobState.CANCELLING):
-            return  # the state table will say what is wrong
+            return None  # the state table will say what is wrong
         sent, digest = self.streams.counted(job.number)
         receipt: Receipt = read_receipt(done.receipt)
         island = self.stream.remote_peer
@@ -139,6 +211,7 @@ class Link:
             output_hash=digest,
             price_max_micros=job.price_max_micros,
         )
+        return sent, digest
 
     def _end(self, job: RunningJob, last: JobDone | Refused) -> None:
         self.jobs.pop(job.number, None)
@@ -155,10 +228,13 @@ class Link:
 
 
 class Links:
-    """All links of a holder. ``nursery`` owns their tasks; ``hello`` is made anew for each, since delegations are renewed."""
+    """All links of a holder. ``nursery`` owns their tasks; ``hello`` is made anew for each, since delegations are renewed; ``holder`` signs
+    counts."""
 
-    def __init__(self, host: Host, nursery: trio.Nursery, hello: Callable[[], Hello]) -> None:
-        self._host, self._nursery, self._hello = host, nursery, hello
+    def __init__(
+        self, host: Host, nursery: trio.Nursery, hello: Callable[[], Hello], holder: Signer | None = None
+    ) -> None:
+        self._host, self._nursery, self._hello, self._holder = host, nursery, hello, holder
         self._links: dict[str, Link] = {}
         self._opening: dict[str, trio.Lock] = {}
         self.opened_total = 0
@@ -206,7 +282,7 @@ class Links:
                 await exchange_hello(stream, self._hello())
         except (ArchipelagError, OSError, trio.TooSlowError) as error:
             raise Refused(Code.LINK_LOST, f"cannot reach Island {island}: {error or 'time-out'}") from error
-        link = Link(stream)
+        link = Link(stream, self._holder)
         self._links[island] = link
         self.opened_total += 1
         self._nursery.start_soon(self._serve, island, link)
@@ -218,6 +294,7 @@ class Links:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(link.outbox.run)
                 nursery.start_soon(link.read)
+                nursery.start_soon(link.watch_leases)
         except* (LinkLost, RemoteProtocolError) as group:
             why = str(group.exceptions[0])
             log.info("link to Island %s ended: %s", island, why)

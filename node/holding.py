@@ -27,7 +27,7 @@ from node.stages_served import Neighbours, StageFacts, StageHost, StageServer
 from protocol import checks, limits
 from protocol.ads import ShardOffer
 from protocol.errors import ArchipelagError, Code, ConfigError, Refused, RemoteProtocolError
-from protocol.hold import DropShard, HoldProgress, HoldRefused, HoldShard, ShardHeld
+from protocol.hold import AskSet, DropShard, HoldProgress, HoldRefused, HoldShard, SetAsk, ShardHeld
 from protocol.messages import Hello
 from protocol.prices import Ask
 from protocol.shards import LayerRange, ShardManifest
@@ -102,9 +102,11 @@ class ShardHolder:
         check: Callable[[Hello, str], object],
         changed: Callable[[], int],
         ask_of: Callable[[str], Ask],
+        set_ask: Callable[[str, Ask], None] | None = None,
     ) -> None:
         """``check`` raises unless a Hello and the peer that said it are a Coordinator of our network; ``changed`` says the ad anew and
-        returns its sequence."""
+        returns its sequence; ``set_ask(cargo, ask)`` raises Refused, and is None where the owner sets his asks here alone."""
+        self._set_ask = set_ask
         self._settings, self._boot, self._guard, self._neighbours, self._server = settings, boot, guard, neighbours, server
         self._hello, self._check, self._changed, self._ask_of = hello, check, changed, ask_of
         self._held: dict[Key, Held] = {}
@@ -210,12 +212,20 @@ class ShardHolder:
                 await stream.send(HoldProgress("dropped", 1, 1))
             elif isinstance(order, HoldShard):
                 await self._hold(order, stream)
+            elif isinstance(order, SetAsk):
+                await stream.send(self._change_ask(order))
             else:
                 raise RemoteProtocolError(f"{type(order).__name__} is no order")
         except Refused as refusal:
             self.refused += 1
             log.info("an order is refused: %s", refusal.message)
             await stream.send(HoldRefused(refusal.code, checks.made_printable(refusal.message)))
+
+    def _change_ask(self, order: SetAsk) -> AskSet:
+        if self._set_ask is None:
+            raise Refused(Code.BAD_INPUT, "the owner of this Island sets its asks where it runs; start it with --remote-asks to allow this")
+        self._set_ask(order.cargo, order.ask)
+        return AskSet(self._changed())
 
     async def _drop(self, order: DropShard) -> None:
         held = self._held.get((order.content_hash, order.layers))

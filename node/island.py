@@ -7,7 +7,7 @@ import random
 import secrets
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import trio
@@ -17,6 +17,7 @@ from node.announce import AdsClient, AdSource, AdsServer, CoordinatorFinder, Sig
 from node.bookkeeper import BookKeeper, now_ms
 from node.cargos import ECHO, CargoSettings, engine_threads, load_cargos
 from node.catchup import CatchUp
+from node.claims import CLAIMS_FOLDER, Claims, SettleClient
 from node.control import serve_control
 from node.datadir import PEERS_FILE, DataDir
 from node.gpus import detect_gpus
@@ -34,10 +35,10 @@ from node.trust import Pins
 from privacy.keys import NodeKey
 from protocol import limits
 from protocol.ads import AD_VERSION, Ad, CargoOffer, Gpu, Hardware, PathMeasure, sign_ad
-from protocol.errors import ArchipelagError
+from protocol.errors import ArchipelagError, Code, Refused
 from protocol.hold import HOLD, HOLD_PROTOCOL
 from protocol.messages import ADS, ADS_PROTOCOL, JOB, JOB_PROTOCOL, Hello, NodeRole
-from protocol.prices import Ask, format_credits
+from protocol.prices import Ask, format_ask, format_credits
 from protocol.stage_messages import STAGE, STAGE_PROTOCOL
 from protocol.tickets import TicketGuard
 from runtimes.base import LoadedCargo
@@ -62,6 +63,7 @@ class IslandConfig:
     ca_file: str | None = None
     ready_file: str | None = None
     memory_offered_bytes: int | None = None
+    remote_asks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +240,8 @@ class _Service:
     ) -> None:
         config, key, network = island._config, island._key, island._pins.network
         self._island, self._host, self._config = island, host, config
-        self._terms = {name: Terms(cargo, config.asks.get(name, config.default_ask)) for name, cargo in cargos.items()}
+        self._asks = dict(config.asks)
+        self._terms = {name: Terms(cargo, self._ask_of(name)) for name, cargo in cargos.items()}
         fixed = _Fixed(key, island._boot, network, detect(island._data.path, island.gpus))
         self._maker = AdMaker(fixed, config, host, self._terms)
         self._ads = AdSource(self._maker)
@@ -250,10 +253,15 @@ class _Service:
         self._stages = StageServer(self._guard, island._hello)
         self._holder = self._make_holder()
         self._maker.holder = self._holder
-        self._jobs = JobServer(key, self._guard, network, self._terms, island._hello, self._holder)
+        self._claims = Claims(island._data.folder(CLAIMS_FOLDER), now_ms, island._rng)
+        self._jobs = JobServer(
+            key, self._guard, network, self._terms, island._hello, self._holder, self._claims, self._meet
+        )
         self._spreader = Spreader(host, network, self._keeper)
         self._client = AdsClient(finder, self._ads, self._keeper, self._guard.trust, island._rng)
-        self._ads_server = AdsServer(self._keeper, island._hello, finder.known, self._spreader.publish_nowait)
+        self._ads_server = AdsServer(
+            self._keeper, island._hello, finder.known, self._spreader.publish_nowait, self._meet
+        )
 
     def _make_holder(self) -> ShardHolder:
         config, island = self._config, self._island
@@ -266,18 +274,44 @@ class _Service:
             folders=cargos.shard_dirs,
         )
 
-        def check(hello: Hello, sender: str) -> None:
-            self._guard.trust(island._pins.check_hello(hello, sender, now_ms()))
-
         def changed() -> int:
             return self._ads.fresh().ad.sequence
 
-        def ask_of(name: str) -> Ask:
-            return config.asks.get(name, config.default_ask)
-
         return ShardHolder(
-            settings, island._boot, self._guard, self._neighbours, self._stages, island._hello, check, changed, ask_of
+            settings,
+            island._boot,
+            self._guard,
+            self._neighbours,
+            self._stages,
+            island._hello,
+            self._check,
+            changed,
+            self._ask_of,
+            self._set_ask if config.remote_asks else None,
         )
+
+    def _ask_of(self, name: str) -> Ask:
+        return self._asks.get(name, self._config.default_ask)
+
+    def _set_ask(self, name: str, ask: Ask) -> None:
+        """As the owner wants it, until the next start. Raises Refused for a Cargo that is not here."""
+        terms = self._terms.get(name)
+        if terms is None and all(held.manifest.name != name for held in self._holder.ready()):
+            raise Refused(Code.UNKNOWN_CARGO, f"this Island does not hold Cargo {name}")
+        self._asks[name] = ask
+        if terms is not None:
+            self._terms[name] = replace(terms, ask=ask)
+        log.info("the owner asks %s for %s from now on", format_ask(ask), name)
+
+    def _check(self, hello: Hello, sender: str) -> None:
+        """Raises unless a Coordinator of our network says hello."""
+        self._guard.trust(self._island._pins.check_hello(hello, sender, now_ms()))
+
+    def _meet(self, hello: Hello, sender: str) -> None:
+        """Any Coordinator of our network may give us jobs, also one that we have never been told of. Raises RemoteProtocolError."""
+        if hello.role is NodeRole.COORDINATOR:
+            self._check(hello, sender)
+            self._keeper.trust(sender)
 
     def _addresses_of(self, peer: str) -> tuple[str, ...]:
         entry = self._keeper.book.entries.get(peer)
@@ -293,6 +327,7 @@ class _Service:
             nursery.start_soon(self._keeper.run)
             nursery.start_soon(self._spreader.run)
             nursery.start_soon(self._client.run)
+            nursery.start_soon(self._settle)
             nursery.start_soon(CatchUp(self._host, self._keeper, self._island._hello, self._island._rng).run)
             nursery.start_soon(self._refresh_ads)
             nursery.start_soon(self._spread_ads)
@@ -304,6 +339,12 @@ class _Service:
             await self._island.stop.wait()
             await self._drain()
             nursery.cancel_scope.cancel()
+
+    async def _settle(self) -> None:
+        """Claims go to the Coordinator that this Island is joined to."""
+        client = SettleClient(self._host, lambda: self._client.coordinator, self._island._hello, self._check)
+        async with client.opened() as desk:
+            await self._claims.run(desk)
 
     async def _say_ready(self) -> None:
         await self._client.ready.wait()
@@ -355,12 +396,14 @@ class _Service:
             "addresses": list(self._host.addresses()),
             "network": self._island._pins.network,
             "coordinator": self._client.coordinator,
+            "coordinators": list(self._client.coordinators),
             "ready": self._client.ready.is_set(),
             "draining": self._jobs.draining,
             "cargos": [asdict(terms.cargo.facts()) | {"alive": terms.cargo.alive} for terms in self._terms.values()],
             "shards": self._holder.status(),
             "memory_free_bytes": self._holder.free_bytes,
             "jobs": asdict(counts),
+            "claims": {"waiting": len(self._claims), **asdict(self._claims.counts)},
             "tickets": {"admitted": self._guard.admitted, "refused": self._guard.refused},
             "gossip": self._spreader.statistics(),
             "host": asdict(self._host.statistics()),

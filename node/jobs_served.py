@@ -2,26 +2,31 @@
 
 One task a job, all owned by the stream's nursery: when the stream is lost, everything that ran for it is cancelled and its slots are
 free at once. A job that fails answers with JobFailed; only a peer that breaks the protocol costs itself the stream.
+
+Where the ticket asks the holder to sign for what it gets (``count_every``), no more leaves than is signed for and that much, and what the
+job is worth goes to the claims (node/claims.py), however it ended.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import trio
 
 from node.bookkeeper import now_ms
 from node.greeting import answer_hello
+from node.job_meter import JobMeter
 from node.net.frames import FrameStream
 from node.outbox import Outbox
 from node.pipeline_job import PipelineJob
 from node.route_driver import RouteDriver
 from privacy.keys import NodeKey
 from protocol import checks, limits
+from protocol.counts import EMPTY_HASH
+from protocol.direct import Claim
 from protocol.errors import Code, LinkLost, Refused, RemoteProtocolError
 from protocol.generation import GENERATION, FinishReason
 from protocol.jobs import JobState, JobStreams, Side
@@ -30,8 +35,10 @@ from protocol.messages import (
     PROTOCOL_VERSION,
     Hello,
     JobAccepted,
+    JobAlive,
     JobCancel,
     JobChunk,
+    JobCount,
     JobDone,
     JobFailed,
     JobOpen,
@@ -40,11 +47,13 @@ from protocol.messages import (
     RouteMended,
 )
 from protocol.prices import Ask
-from protocol.receipts import RECEIPT_VERSION, Receipt, sign_receipt
+from protocol.receipts import RECEIPT_VERSION, Ending, Receipt, sign_receipt
 from protocol.tickets import Ticket, TicketGuard, ticket_hash
 from runtimes.base import Chunk, Finished, LoadedCargo, RunRequest
 
 log = logging.getLogger(__name__)
+
+_SETTLING_MAX = limits.JOBS_PER_LINK_MAX  # ended jobs of one stream that wait for their last count
 
 
 @dataclass(slots=True)
@@ -85,6 +94,21 @@ class NoDrivers:
         return None
 
 
+class ClaimSink(Protocol):
+    """Where a JobServer puts what Consumers owe."""
+
+    def put_nowait(self, claim: Claim, final: bool) -> None:
+        """A claim, or a newer version of it; only a final one is handed in."""
+        ...
+
+
+class NoClaims:
+    """An Island that works for Coordinators only."""
+
+    def put_nowait(self, claim: Claim, final: bool) -> None:
+        log.warning("a claim of this Island is kept nowhere")
+
+
 class JobServer:
     """Serves the job protocol of one Island."""
 
@@ -96,9 +120,14 @@ class JobServer:
         terms: Mapping[str, Terms],
         hello: Callable[[], Hello],
         drivers: Drivers | None = None,
+        claims: ClaimSink | None = None,
+        meet: Callable[[Hello, str], object] = lambda hello, sender: None,
     ) -> None:
+        """``meet`` is told who opens a stream, and raises RemoteProtocolError for somebody who may not."""
         self._key, self._guard, self._network = key, guard, network
         self._terms, self._hello, self._drivers = terms, hello, drivers or NoDrivers()
+        self._claims = claims if claims is not None else NoClaims()
+        self._meet = meet
         self.counts = JobCounts()
         self.draining = False
         self._idle = trio.Event()
@@ -114,7 +143,7 @@ class JobServer:
 
     async def serve(self, stream: FrameStream) -> None:
         """Handler of one stream. Raises LinkLost when it ends, RemoteProtocolError when the peer breaks the protocol."""
-        await answer_hello(stream, self._hello)
+        await answer_hello(stream, self._hello, self._meet)
         await _Session(self, stream).run()
 
     def note_end(self) -> None:
@@ -146,36 +175,78 @@ class JobServer:
         """Whether a ticket may mend the route of a job that runs here. Uses it up. Raises Refused(BAD_TICKET)."""
         self._guard.admit(data, sender, now_ms())
 
-    def receipt(self, ticket_data: bytes, ticket: Ticket, ask: Ask, work: _Work) -> bytes:
-        finished = work.finished
-        price = ask.price(work.sent_tokens, work.compute_ms)
+    def receipt(self, work: _Work) -> bytes:
+        """Over what has been sent so far."""
+        ticket, sent = work.ticket, work.sent_tokens
+        compute_ms = work.compute_ms(trio.current_time())
         receipt = Receipt(
             version=RECEIPT_VERSION,
             network=self._network,
             island=self._key.peer_id,
             job_id=ticket.job_id,
-            ticket_hash=ticket_hash(ticket_data),
+            ticket_hash=ticket_hash(work.ticket_data),
             content_hash=ticket.content_hash,
-            prompt_tokens=finished.prompt_tokens,
-            cached_tokens=finished.cached_tokens,
-            sent_tokens=work.sent_tokens,
+            prompt_tokens=work.prompt_tokens,
+            cached_tokens=work.cached_tokens,
+            sent_tokens=sent,
             output_hash=work.output_hash,
-            compute_ms=work.compute_ms,
-            price_micros=min(price, ticket.price_limit_micros),
-            finish_reason=finished.reason,
+            compute_ms=compute_ms,
+            price_micros=min(work.terms.ask.price(sent, compute_ms), ticket.price_limit_micros),
+            finish_reason=work.ending,
             finished_at_ms=now_ms(),
         )
         return sign_receipt(receipt, self._key)
 
+    def claim(self, work: _Work, final: bool) -> None:
+        """Keeps what the holder of a ticket owes that has to sign. A job that never began is worth nothing."""
+        if work.meter is not None and work.started_s is not None:
+            receipt = work.receipt or self.receipt(work)
+            self._claims.put_nowait(Claim(work.ticket_data, receipt, work.meter.guard.count), final)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True, eq=False)
 class _Work:
-    """What a finished job used."""
+    """What a job has used so far. ``started_s``: when it was accepted. ``receipt``: as it went out with JobDone."""
 
-    finished: Finished
-    sent_tokens: int
-    output_hash: bytes
-    compute_ms: int
+    ticket_data: bytes
+    ticket: Ticket
+    terms: Terms
+    meter: JobMeter | None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    sent_tokens: int = 0
+    output_hash: bytes = EMPTY_HASH
+    started_s: float | None = None
+    ending: Ending = Ending.CUT
+    receipt: bytes = b""
+
+    def compute_ms(self, now_s: float) -> int:
+        """Since it was accepted, but for the time that it waited for signatures."""
+        waited_s = self.meter.waited_s if self.meter is not None else 0.0
+        return max(0, int((now_s - (self.started_s or now_s) - waited_s) * 1000))
+
+    def sent(self, tokens: int, digest: bytes) -> None:
+        """``tokens`` and ``digest`` are of all that has gone out."""
+        self.sent_tokens, self.output_hash = tokens, digest
+        if self.meter is not None:
+            self.meter.guard.sent(tokens, digest)
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A job of a session, as long as it runs or waits for its last count. ``pipeline``: of a job over several Islands."""
+
+    message: JobOpen
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    work: _Work | None = None
+    driver: RouteDriver | None = None
+    pipeline: PipelineJob | None = None
+    refusal: Refused | None = None
+
+    def fail(self, refusal: Refused) -> None:
+        """Ends it from outside."""
+        self.refusal = refusal
+        self.scope.cancel()
 
 
 class _Session:
@@ -185,65 +256,99 @@ class _Session:
         self._server, self._stream = server, stream
         self._outbox = Outbox(stream, JOB)
         self._streams = JobStreams(Side.ISLAND)
-        self._scopes: dict[int, trio.CancelScope] = {}
-        self._pipelines: dict[int, tuple[RouteDriver, PipelineJob]] = {}
+        self._jobs: dict[int, _Job] = {}
+        self._settling = 0
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._outbox.run)
+            nursery.start_soon(self._renew_leases)
             while True:
                 message = await self._stream.receive()
                 self._streams.receive(message)
                 if isinstance(message, JobOpen):
-                    scope = self._scopes[message.job] = trio.CancelScope()
-                    nursery.start_soon(self._job, message, scope)
-                elif isinstance(message, JobCancel) and message.job in self._scopes:
-                    self._scopes[message.job].cancel()
-                elif isinstance(message, RouteMended):
-                    self._mend(message)
+                    job = self._jobs[message.job] = _Job(message)
+                    nursery.start_soon(self._serve, job)
+                elif (known := self._jobs.get(message.job)) is not None:
+                    self._hear(message, known)
 
-    def _mend(self, message: RouteMended) -> None:
-        driver, job = self._pipelines.get(message.job, (None, None))
-        if driver is None or job is None:
-            return  # it has ended meanwhile
+    def _hear(self, message: Any, job: _Job) -> None:
+        """Raises RemoteProtocolError: a count that is no good ends the stream."""
+        if isinstance(message, JobCancel):
+            job.scope.cancel()
+        elif isinstance(message, RouteMended):
+            self._mend(message, job)
+        elif isinstance(message, JobCount) and job.work is not None:
+            if job.work.meter is None:
+                raise RemoteProtocolError("a count for a job whose ticket asks for none")
+            job.work.meter.hear(message.count)
+
+    def _mend(self, message: RouteMended, job: _Job) -> None:
+        if job.driver is None or job.pipeline is None:
+            return
         try:
             self._server.check_mended(message.ticket, self._stream.remote_peer)
-            driver.mended(driver.number_of(job), message.ticket)
+            job.driver.mended(job.driver.number_of(job.pipeline), message.ticket)
         except Refused as refusal:
-            job.fail(refusal)
+            job.pipeline.fail(refusal)
+
+    async def _renew_leases(self) -> None:
+        """Says of each job that it still runs, as long as its engine lives."""
+        while True:
+            await trio.sleep(limits.LEASE_RENEW_S)
+            for number, job in list(self._jobs.items()):
+                runs = self._streams.state(number) in (JobState.RUNNING, JobState.CANCELLING)
+                if runs and job.work is not None and job.work.terms.cargo.alive:
+                    self._say(JobAlive(number))
 
     def _say(self, message: Any) -> None:
         self._streams.send(message)
         self._outbox.send_nowait(message)
 
-    async def _job(self, message: JobOpen, scope: trio.CancelScope) -> None:
-        counts = self._server.counts
-        counts.running += 1
-        failed: list[Refused] = []
-
-        def fail(refusal: Refused) -> None:
-            failed.append(refusal)
-            scope.cancel()
-
+    async def _serve(self, job: _Job) -> None:
+        """A job from its JobOpen to its claim. Raises nothing but Cancelled."""
         try:
-            with scope:
-                await self._run(message, fail)
-            if scope.cancelled_caught and failed:
-                raise failed[0]
-            if scope.cancelled_caught:
-                counts.cancelled += 1
-                self._fail(message.job, Refused(Code.CANCELLED, "cancelled by the holder"))
-        except Refused as error:
-            self._fail(message.job, error)
-        except LinkLost as error:
-            log.debug("job %d: %s", message.job, error)  # the session's own reader ends the stream
-        except Exception as error:  # a bug in one job must not end the jobs beside it; the text may hold a prompt, so only the type is told
-            log.error("job %d broke: %s", message.job, type(error).__name__, exc_info=True)
-            self._fail(message.job, Refused(Code.INTERNAL, "the Island broke while it worked on the job"))
+            await self._work_on(job)
+            await self._wait_settled(job)
         finally:
-            self._scopes.pop(message.job, None)
-            self._pipelines.pop(message.job, None)
+            self._jobs.pop(job.message.job, None)
+            if job.work is not None:
+                self._server.claim(job.work, final=True)
+
+    async def _work_on(self, job: _Job) -> None:
+        number, counts = job.message.job, self._server.counts
+        counts.running += 1
+        try:
+            with job.scope:
+                await self._run(job)
+            if job.scope.cancelled_caught and job.refusal is not None:
+                raise job.refusal
+            if job.scope.cancelled_caught:
+                counts.cancelled += 1
+                self._fail(number, Refused(Code.CANCELLED, "cancelled by the holder"))
+        except Refused as error:
+            self._fail(number, error)
+        except LinkLost as error:
+            log.debug("job %d: %s", number, error)  # the session's own reader ends the stream
+        except Exception as error:  # a bug in one job must not end the jobs beside it; the text may hold a prompt, so only the type is told
+            log.error("job %d broke: %s", number, type(error).__name__, exc_info=True)
+            self._fail(number, Refused(Code.INTERNAL, "the Island broke while it worked on the job"))
+        finally:
+            job.driver = job.pipeline = None
             self._server.note_end()
+
+    async def _wait_settled(self, job: _Job) -> None:
+        """The holder's count of all tokens comes after JobDone; the slot is free already, and the stream goes on."""
+        work = job.work
+        if work is None or work.meter is None or not work.receipt or self._settling >= _SETTLING_MAX:
+            return
+        self._settling += 1
+        try:
+            if not await work.meter.wait_settled():
+                signed = max(0, work.meter.guard.signed_tokens)
+                log.info("a holder has signed for %d of %d tokens", signed, work.sent_tokens)
+        finally:
+            self._settling -= 1
 
     def _fail(self, job: int, error: Refused) -> None:
         counts = self._server.counts
@@ -256,26 +361,42 @@ class _Session:
         except LinkLost as lost:
             log.debug("job %d failed after its stream was lost: %s", job, lost)
 
-    async def _run(self, message: JobOpen, fail: Callable[[Refused], None]) -> None:
-        server, job = self._server, message.job
-        ticket, terms, request = server.admit(message, self._stream.remote_peer)
+    async def _run(self, job: _Job) -> None:
+        server, number = self._server, job.message.job
+        ticket, terms, request = server.admit(job.message, self._stream.remote_peer)
         if terms.driver is not None:
             terms.driver.check(ticket)
-            pipeline = PipelineJob(message.ticket, lambda *why: self._say_broken(job, *why), fail)
-            self._pipelines[job] = terms.driver, pipeline
-            request = replace(request, route=pipeline)
+            job.driver = terms.driver
+            job.pipeline = PipelineJob(job.message.ticket, lambda *why: self._say_broken(number, *why), job.fail)
+            request = replace(request, route=job.pipeline)
+        meter = JobMeter(ticket, job.message.ticket) if ticket.count_every else None
+        job.work = work = _Work(job.message.ticket, ticket, terms, meter)
         async with terms.cargo.run(request) as run:
             server.counts.started += 1
             server.counts.resumed_tokens += len(request.generation.resume) // 4
-            self._say(JobAccepted(job, terms.cargo.facts().engine, run.prompt_tokens, run.cached_tokens))
-            started_s = time.monotonic()
+            work.prompt_tokens, work.cached_tokens = run.prompt_tokens, run.cached_tokens
+            self._say(JobAccepted(number, terms.cargo.facts().engine, run.prompt_tokens, run.cached_tokens))
+            work.started_s = trio.current_time()
             async for event in run:
-                if isinstance(event, Chunk):
-                    step, _ = self._streams.counted(job)
-                    self._say(JobChunk(job, step, event.text, event.logprobs, event.tokens))
-                    server.counts.tokens += len(event.tokens) // 4
+                if isinstance(event, Finished):
+                    self._finish(job, work, event)
+                elif meter is None:
+                    self._send(number, work, event)
                 else:
-                    self._finish(message, ticket, terms, event, started_s)
+                    await self._send_signed(number, work, event, meter)
+
+    def _send(self, job: int, work: _Work, chunk: Chunk) -> None:
+        self._say(JobChunk(job, work.sent_tokens, chunk.text, chunk.logprobs, chunk.tokens))
+        work.sent(*self._streams.counted(job))
+        self._server.counts.tokens += len(chunk.tokens) // 4
+
+    async def _send_signed(self, job: int, work: _Work, chunk: Chunk, meter: JobMeter) -> None:
+        """As much at a time as may leave unsigned. The text goes with the last piece: it must not run ahead of its tokens."""
+        tokens = chunk.tokens
+        while tokens:
+            room = 4 * await meter.wait_room()
+            piece, tokens = tokens[:room], tokens[room:]
+            self._send(job, work, Chunk(piece, "") if tokens else Chunk(piece, chunk.text, chunk.logprobs))
 
     def _say_broken(self, job: int, index: int, boot: int, code: Code, text: str) -> None:
         if self._streams.state(job) is JobState.ENDED:
@@ -285,14 +406,15 @@ class _Session:
         except LinkLost as lost:
             log.debug("job %d: %s", job, lost)
 
-    def _finish(self, message: JobOpen, ticket: Ticket, terms: Terms, finished: Finished, started_s: float) -> None:
-        _, pipeline = self._pipelines.get(message.job, (None, None))
-        sent, digest = self._streams.counted(message.job)
-        compute_ms = int((time.monotonic() - started_s) * 1000)
-        receipt = self._server.receipt(message.ticket, ticket, terms.ask, _Work(finished, sent, digest, compute_ms))
+    def _finish(self, job: _Job, work: _Work, finished: Finished) -> None:
+        server, pipeline = self._server, job.pipeline
+        work.ending = Ending(finished.reason)
+        work.prompt_tokens, work.cached_tokens = finished.prompt_tokens, finished.cached_tokens
+        work.receipt = server.receipt(work)
+        server.claim(work, final=False)
         self._say(
             JobDone(
-                job=message.job,
+                job=job.message.job,
                 finish_reason=FinishReason(finished.reason),
                 text=finished.text,
                 prompt_tokens=finished.prompt_tokens,
@@ -300,12 +422,12 @@ class _Session:
                 completion_tokens=finished.completion_tokens,
                 prefill_us=int(finished.prefill_s * 1e6),
                 decode_us=int(finished.decode_s * 1e6),
-                receipt=receipt,
+                receipt=work.receipt,
                 stages=pipeline.uses(int(finished.compute_s * 1e6)) if pipeline is not None else (),
                 wire_us=pipeline.wire_us if pipeline is not None else 0,
             )
         )
-        self._server.counts.done += 1
+        server.counts.done += 1
 
 
 def island_hello(network: str, agent: str) -> Hello:

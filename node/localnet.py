@@ -33,9 +33,15 @@ class LocalNode:
     """One child process and its files."""
 
     def __init__(
-        self, name: str, folder: Path, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        folder: Path,
+        arguments: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        common: Sequence[str] = ("--no-mdns",),
     ) -> None:
-        self.name, self.folder = name, folder
+        """``common``: what every start of this kind of node gets."""
+        self.name, self.folder, self._common = name, folder, list(common)
         self.data_dir = folder / name
         self.log_file, self._ready_file = folder / f"{name}.log", folder / f"{name}.ready"
         self._arguments, self._environment = list(arguments), dict(environment or {})
@@ -47,7 +53,7 @@ class LocalNode:
     def _spawn(self) -> subprocess.Popen[bytes]:
         self._ready_file.unlink(missing_ok=True)
         command = [sys.executable, "-m", "node", *self._arguments, "--data-dir", str(self.data_dir)]
-        command += ["--ready-file", str(self._ready_file), "--no-mdns"]
+        command += ["--ready-file", str(self._ready_file), *self._common]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | self._environment
         with open(self.log_file, "ab") as log:
             # A session of its own: Ctrl-C reaches whoever started the network, who then stops the nodes in order.
@@ -97,12 +103,24 @@ class LocalNode:
 
     def restart(self) -> dict[str, Any]:
         """A new process on the same data folder and with the same arguments."""
-        self.process = self._spawn()
+        self.start_again()
         return self.wait_ready()
+
+    def start_again(self) -> None:
+        """``restart`` that does not wait."""
+        self.process = self._spawn()
+
+    def keep_ports(self, facts: Mapping[str, Any]) -> None:
+        """From now on it is started on the ports that it got, as its ready file tells them."""
+        web, peers = str(facts["http"]).rpartition(":")[2], str(facts["addresses"][0]).split("/")[4]
+        for option, any_port, port in (("--http", ":0", f":{web}"), ("--listen", "/tcp/0", f"/tcp/{peers}")):
+            index = self._arguments.index(option) + 1
+            value = self._arguments[index]
+            self._arguments[index] = value.removesuffix(any_port) + port if value.endswith(any_port) else value
 
 
 class LocalNetwork:
-    """A Coordinator and Islands. Leaving the context stops them all.
+    """Coordinators, mostly one, and Islands. Leaving the context stops them all.
 
     >>> with LocalNetwork(folder) as network:
     ...     network.start_coordinator(); island = network.start_island("one", "--cargo", "echo"); island.wait_ready()
@@ -111,8 +129,10 @@ class LocalNetwork:
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
         self.folder, self._environment = folder, dict(environment or {})
         self.nodes: list[LocalNode] = []
-        self.coordinator: LocalNode | None = None
+        self.coordinator: LocalNode | None = None  # the first
         self.url = ""
+        self.urls: list[str] = []
+        self._database_url = ""
 
     def __enter__(self) -> LocalNetwork:
         return self
@@ -130,18 +150,47 @@ class LocalNetwork:
         self.nodes.append(node)
         return node
 
-    def start_coordinator(self, http: str = "127.0.0.1:0", *more: str, listen: str = _LOOPBACK) -> dict[str, Any]:
-        """Starts it and waits until it serves; returns its ready file."""
-        self.coordinator = self._start("coordinator", ["coordinator", "--http", http, "--listen", listen, *more])
-        facts = self.coordinator.wait_ready()
-        self.url = str(facts["http"])
+    def start_coordinator(
+        self,
+        http: str = "127.0.0.1:0",
+        *more: str,
+        listen: str = _LOOPBACK,
+        name: str = "coordinator",
+        database_url: str = "",
+    ) -> dict[str, Any]:
+        """Starts it and waits until it serves; returns its ready file. It keeps its ports when it is restarted.
+
+        ``database_url``: where it is not SQLite in its data folder; a second Coordinator needs the first one's, and serves its network.
+        """
+        arguments = ["coordinator", "--http", http, "--listen", listen, *more]
+        if database_url:
+            arguments += ["--database-url", database_url]
+        if self.coordinator is not None:
+            arguments += ["--network-of", str(self.coordinator.data_dir)]
+        node = self._start(name, arguments)
+        facts = node.wait_ready()
+        node.keep_ports(facts)
+        if self.coordinator is None:
+            self.coordinator, self.url, self._database_url = node, str(facts["http"]), database_url
+        self.urls.append(str(facts["http"]))
         return facts
 
+    def node(self, name: str) -> LocalNode:
+        return next(node for node in self.nodes if node.name == name)
+
     def start_island(self, name: str, *more: str, coordinator: str = "") -> LocalNode:
-        """Starts it and returns at once; call ``wait_ready`` on it."""
-        return self._start(name, ["start", "--coordinator", coordinator or self.url, "--listen", _LOOPBACK, *more])
+        """Starts it and returns at once; call ``wait_ready`` on it. It joins all Coordinators that have been started, or one."""
+        joined = [part for url in ([coordinator] if coordinator else self.urls) for part in ("--coordinator", url)]
+        return self._start(name, ["start", *joined, "--listen", _LOOPBACK, *more])
+
+    def start_bridge(self, name: str, key: str, *more: str, coordinator: str = "") -> LocalNode:
+        """Starts it and returns at once; ``http`` of its ready file is where it serves."""
+        arguments = ["bridge", "--coordinator", coordinator or self.url, "--http", "127.0.0.1:0", *more]
+        node = LocalNode(name, self.folder, arguments, self._environment | {"ARCHIPELAG_API_KEY": key}, ())
+        self.nodes.append(node)
+        return node
 
     def make_key(self, *scopes: str, account: str = "local", rate_limit: int = 0) -> str:
         assert self.coordinator is not None, "the key lives in the Coordinator's database"
-        url = database_url(str(self.coordinator.data_dir), None)
+        url = database_url(str(self.coordinator.data_dir), self._database_url or None)
         return create_key(url, account, scopes or ("read", "write"), rate_limit)

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 
-_NOISY = ("libp2p", "multiaddr", "zeroconf", "asyncio", "aiohttp.access", "async_service")
+_NOISY = ("libp2p", "multiaddr", "zeroconf", "asyncio", "aiohttp.access", "async_service", "alembic")
 
 
 class _Line(logging.Formatter):

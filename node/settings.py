@@ -39,15 +39,20 @@ def parse_host_port(text: str) -> tuple[str, int]:
 
 
 def settle(
-    parser: argparse.ArgumentParser, arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ
+    parser: argparse.ArgumentParser,
+    arguments: argparse.Namespace,
+    environment: Mapping[str, str] = os.environ,
+    strict: bool = True,
 ) -> argparse.Namespace:
     """Fills what no flag gave (None) from the environment, then from config.toml. Raises ConfigError for an unknown name or a bad value.
 
-    Every option of the parser must have the default None for this to work; real defaults are filled in by ``defaults``.
+    Every option of the parser must have the default None for this to work; real defaults are filled in by ``defaults``. Not ``strict``:
+    the file is another command's, the node's whose folder it is; names that are not known here are its business.
     """
     options = {a.dest: a for a in parser._actions if a.dest not in ("help", "command")}
     file_values = _read_config(
-        Path(arguments.data_dir).expanduser() if getattr(arguments, "data_dir", None) else None, set(options)
+        Path(arguments.data_dir).expanduser() if getattr(arguments, "data_dir", None) else None,
+        set(options) if strict else None,
     )
     for name, action in options.items():
         if getattr(arguments, name, None) is not None:
@@ -69,7 +74,7 @@ def defaults(arguments: argparse.Namespace, **values: Any) -> argparse.Namespace
     return arguments
 
 
-def _read_config(folder: Path | None, known: set[str]) -> dict[str, Any]:
+def _read_config(folder: Path | None, known: set[str] | None) -> dict[str, Any]:
     if folder is None or not (folder / CONFIG_FILE).exists():
         return {}
     try:
@@ -77,6 +82,7 @@ def _read_config(folder: Path | None, known: set[str]) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{folder / CONFIG_FILE}: {error}") from error
     values = {name.replace("-", "_"): value for name, value in values.items()}
+    known = set(values) if known is None else known
     unknown = sorted(set(values) - known)
     if unknown:
         raise ConfigError(

@@ -52,11 +52,7 @@ class Pins:
 
         Raises RemoteProtocolError (SignatureError) when it is no Coordinator, or one of another network.
         """
-        if hello.role is not NodeRole.COORDINATOR:
-            raise RemoteProtocolError(f"{sender} is no Coordinator but a {hello.role}")
-        delegation = read_delegation(hello.delegation, now_ms)
-        if delegation.coordinator != sender:
-            raise SignatureError("a Coordinator showed somebody else's delegation")
+        delegation = check_delegation(hello, sender, now_ms)
         if self.network and delegation.network != self.network:
             raise SignatureError(
                 f"the Coordinator belongs to network {delegation.network}, this node to {self.network}; "
@@ -65,6 +61,10 @@ class Pins:
         if not self.network:
             self._pin("network", delegation.network)
         return delegation
+
+    def peer_of(self, url: str) -> str:
+        """Whose URL it was at first contact; empty before."""
+        return str(self._values.get("coordinators", {}).get(url.rstrip("/"), ""))
 
     def check_url(self, url: str, peer: str) -> None:
         """Pins the peer id behind a URL at first use. Raises ConfigError when it has changed since."""
@@ -80,6 +80,16 @@ class Pins:
     def _pin(self, name: str, value: Any) -> None:
         self._values[name] = value
         self._data.write_json(PINS_FILE, self._values)
+
+
+def check_delegation(hello: Hello, sender: str, now_ms: int) -> Delegation:
+    """The delegation of the Coordinator that says hello, of whatever network. Raises RemoteProtocolError (SignatureError)."""
+    if hello.role is not NodeRole.COORDINATOR:
+        raise RemoteProtocolError(f"{sender} is no Coordinator but a {hello.role}")
+    delegation = read_delegation(hello.delegation, now_ms)
+    if delegation.coordinator != sender:
+        raise SignatureError("a Coordinator showed somebody else's delegation")
+    return delegation
 
 
 def check_address(address: str) -> None:

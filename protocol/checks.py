@@ -18,8 +18,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]*\Z")
 
 def in_range(name: str, value: float, low: float, high: float) -> None:
     """``low <= value <= high``; NaN and infinities are never in range."""
-    if not (math.isfinite(value) and low <= value <= high):
-        raise ValueError(f"{name} must be between {low:g} and {high:g}, not {value!r}")
+    if not low <= value <= high or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{name} must be between {low:g} and {high:g}, not {value!r:.60}")
 
 
 def at_most(name: str, value: Sized, limit: int) -> None:

@@ -28,6 +28,7 @@ class Label(StrEnum):
     LOST = "archipelag/lost/1"
     TICKET = "archipelag/ticket/1"
     RECEIPT = "archipelag/receipt/1"
+    COUNT = "archipelag/count/1"
     DELEGATION = "archipelag/delegation/1"
 
 

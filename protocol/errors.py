@@ -54,6 +54,8 @@ class Code(StrEnum):
     CANCELLED = "cancelled"
     WORKER_DIED = "worker_died"
     LINK_LOST = "link_lost"
+    LEASE_LOST = "lease_lost"
+    UNSIGNED = "unsigned"
     TIMEOUT = "timeout"
     INTERNAL = "internal"
 
@@ -64,6 +66,7 @@ RETRYABLE: frozenset[Code] = frozenset(
         Code.DRAINING,
         Code.WORKER_DIED,
         Code.LINK_LOST,
+        Code.LEASE_LOST,
         Code.TIMEOUT,
         Code.CANCELLED,  # by somebody else than the holder: the Island is going down
         Code.UNKNOWN_CARGO,  # its ad was older than its memory

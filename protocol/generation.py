@@ -115,6 +115,11 @@ class GenerationRequest:
         if len(self.resume) % 4 or len(self.resume) // 4 >= self.max_tokens + 1:
             raise ValueError("resume holds whole int32 tokens, at most max_tokens of them")
 
+    @property
+    def input_chars(self) -> int:
+        """Characters of prompt or messages."""
+        return len(self.prompt) + sum(len(message.content) for message in self.messages)
+
 
 GENERATION: Struct[GenerationRequest] = Struct(GenerationRequest, limits.JOB_INPUT_BYTES_MAX)
 

@@ -2,6 +2,8 @@
 
 The Coordinator opens the stream and says hello with its delegation; one order a stream. The Island answers with progress and, in the end,
 with ShardHeld or HoldRefused. It loads only what it can verify by hash, within the memory that its owner offers.
+
+The same way a Coordinator passes on what the Island's owner wants to ask for a Cargo, where he has allowed that.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from protocol import checks, limits
 from protocol.errors import Code
 from protocol.messages import PROTOCOL_VERSION, Hello
+from protocol.prices import Ask
 from protocol.registry import Registry
 from protocol.shards import LayerRange, ShardManifest
 
@@ -87,6 +90,29 @@ class DropShard:
 
     def __post_init__(self) -> None:
         checks.content_hash("content_hash", self.content_hash)
+
+
+@HOLD.message(7)
+@dataclass(frozen=True, slots=True)
+class SetAsk:
+    """The account that this Island is paired with wants it to ask so much for a Cargo; answered by AskSet or HoldRefused."""
+
+    cargo: str
+    ask: Ask
+
+    def __post_init__(self) -> None:
+        checks.label("cargo", self.cargo, limits.NAME_CHARS_MAX)
+
+
+@HOLD.message(8)
+@dataclass(frozen=True, slots=True)
+class AskSet:
+    """It stands in the Island's ad from ``sequence`` on, until the Island's next start."""
+
+    sequence: int
+
+    def __post_init__(self) -> None:
+        checks.in_range("sequence", self.sequence, 1, 2**53)
 
 
 HOLD.seal()

@@ -5,6 +5,7 @@ A peer id *is* its public key, so whoever holds the id can check the peer's sign
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Protocol
 
 import base58
@@ -13,6 +14,7 @@ import base58
 _PREFIX = bytes([0x00, 0x24, 0x08, 0x01, 0x12, 0x20])
 PUBLIC_KEY_BYTES = 32
 _PEER_ID_CHARS_MAX = 64
+_REMEMBERED_MAX = 4096  # a name costs 13 us to make, and the same peers sign again and again
 
 
 class Signer(Protocol):
@@ -27,6 +29,7 @@ class Signer(Protocol):
     def sign(self, message: bytes) -> bytes: ...
 
 
+@lru_cache(_REMEMBERED_MAX)
 def peer_id_of(public_key: bytes) -> str:
     """Peer id of an Ed25519 public key of 32 bytes, such as ``12D3KooW…``. Raises ValueError for another length."""
     if len(public_key) != PUBLIC_KEY_BYTES:

@@ -4,9 +4,10 @@ Theory of operation. ``TRANSITIONS`` says which message may follow which; it doe
 state per job of a stream, checks every message that is sent (a breach is our bug) and received (a breach is the peer's), and counts
 tokens so that repeated, lost or reordered chunks show. It does no IO: the shell sends and receives, this decides.
 
-Rules: job numbers grow; a job that has ended stays ended; ``JobCancel`` and ``RouteMended`` may cross the Island's last message on the
-wire, so they are legal after the end, where they do nothing. A cancel before the Island has accepted (WITHDRAWN) and one after it
-(CANCELLING) are two states, so that a second ``JobAccepted`` or an answer to a job that was never accepted shows even then.
+Rules: job numbers grow; a job that has ended stays ended; ``JobCancel``, ``RouteMended`` and ``JobCount`` may cross the Island's last
+message on the wire, so they are legal after the end, where the first two do nothing (a count of all tokens still counts). A cancel
+before the Island has accepted (WITHDRAWN) and one after it (CANCELLING) are two states, so that a second ``JobAccepted`` or an answer to
+a job that was never accepted shows even then.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from protocol import limits
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.messages import (
     JobAccepted,
+    JobAlive,
     JobCancel,
     JobChunk,
+    JobCount,
     JobDone,
     JobFailed,
     JobOpen,
@@ -53,6 +56,8 @@ SENT_BY: dict[type[Any], Side] = {
     JobFailed: Side.ISLAND,
     RouteBroken: Side.ISLAND,
     RouteMended: Side.HOLDER,
+    JobCount: Side.HOLDER,
+    JobAlive: Side.ISLAND,
 }
 
 TRANSITIONS: dict[tuple[JobState, type[Any]], JobState] = {
@@ -76,6 +81,8 @@ TRANSITIONS: dict[tuple[JobState, type[Any]], JobState] = {
         for kind in (RouteBroken, RouteMended)
     },
     (JobState.ENDED, RouteMended): JobState.ENDED,
+    **{(state, kind): state for state in (JobState.RUNNING, JobState.CANCELLING) for kind in (JobCount, JobAlive)},
+    (JobState.ENDED, JobCount): JobState.ENDED,
 }
 
 

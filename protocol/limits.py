@@ -45,8 +45,26 @@ DELEGATION_LIFETIME_S = 366 * 86_400.0
 CREDIT_MICROS = 1_000_000  # one credit in the integer unit of all prices
 PRICE_MICROS_MAX = 10**15
 
+# Wire: the direct path
+COUNT_EVERY_TOKENS = 64  # what a Consumer's ticket asks for: an Island risks so many; a count costs both ends 0.15 ms together
+COUNT_BYTES_MAX = 512  # a signed count in its envelope has about 330
+COUNT_WAIT_S = 10.0  # an Island that may send no more waits so long for the holder's count
+COUNT_FINAL_S = 5.0  # and so long after JobDone for the count of all tokens
+CLAIM_LIFETIME_S = 86_400.0  # from the end of a job; afterwards its ticket is not paid any more
+CLAIMS_KEPT_MAX = 10_000  # about 2 KB each
+DESK_REQUESTS_MAX = 256  # open at once on one stream
+DESK_ATTEMPTS_MAX = 128  # of a job that is settled: 64 choices, and as many that another Island had to take over
+DESK_ATTEMPTS_BYTES_MAX = 192 * 1024  # they travel in the header of one frame
+DESK_POLICY_BYTES_MAX = 4096
+DESK_PLACEMENT_BYTES_MAX = 32 * 1024
+DESK_ISLANDS_MAX = 64  # that a ticket is not wanted for
+DESK_MODELS_MAX = 1000
+DESK_WRONG_KEYS_PER_MINUTE = 5  # of one peer (mission.md: "5 log-in tries a minute an address")
+
 # Wire: jobs
 JOBS_PER_LINK_MAX = 1024
+LEASE_RENEW_S = 30.0  # mission.md: "renewed every 30 s"
+LEASE_S = 60.0  # "each renewal +60 s"
 JOB_INPUT_BYTES_MAX = 5 * 1024 * 1024  # 128 messages of 32,768 characters, with room for escapes
 JOB_CHUNK_TEXT_BYTES_MAX = 64 * 1024
 JOB_CHUNK_LOGPROBS_BYTES_MAX = 128 * 1024
@@ -84,6 +102,8 @@ TEMPLATE_RANGE_MAX = 10_000
 
 # HTTP
 BODY_BYTES_MAX = 1_000_000
+JOB_INPUT_JSON_BYTES_MAX = 256 * 1024  # of POST /api/v1/jobs (mission.md)
+JOBS_LISTED_MAX = 100
 LOGIN_TRIES_PER_MINUTE = 5
 KEEPALIVE_COMMENT_S = 10.0
 HEADERS_WAIT_S = 1.0  # so long a stream's headers wait for the first token, so that they name the Island that gave it
@@ -114,6 +134,9 @@ assert JOB_CHUNK_TEXT_BYTES_MAX + JOB_CHUNK_LOGPROBS_BYTES_MAX + 1024 <= FRAME_H
 assert JOB_INPUT_BYTES_MAX < FRAME_BODY_BYTES_MAX
 assert MESSAGES_MAX * MESSAGE_CHARS_MAX <= JOB_INPUT_BYTES_MAX
 assert COMPLETION_TOKENS_DEFAULT <= COMPLETION_TOKENS_MAX
+assert COUNT_EVERY_TOKENS <= COMPLETION_TOKENS_MAX
+assert 2 * LEASE_RENEW_S <= LEASE_S, "one renewal may be late"
+assert ENVELOPE_BYTES_MAX < DESK_ATTEMPTS_BYTES_MAX < FRAME_HEADER_BYTES_MAX - 16 * DESK_ATTEMPTS_MAX
 assert BODY_BYTES_MAX <= JOB_INPUT_BYTES_MAX
 
 # Network layer (node/net)
@@ -164,6 +187,9 @@ CARGO_REMEMBERED_S = 300.0  # so long "nobody offers it now" is told from "unkno
 CARGOS_REMEMBERED_MAX = 1000
 JOB_ATTEMPTS_MAX = 8
 JOB_TIMEOUT_S = 600.0
+RETRY_WINDOW_S = 300.0  # so long a chat's answer is kept, sealed, for a client that asks again after it was cut off
+RESULT_RETENTION_S = 3600.0  # and so long that of a job that was submitted
+JOB_TRIES_MAX = 3  # a job whose Coordinator is gone is run again at most so often in all (mission.md)
 COMPLETION_CHOICES_MAX = 64  # prompts x n of one completion request
 RESPONSE_BUFFER_EVENTS_MAX = 256
 

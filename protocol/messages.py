@@ -215,6 +215,30 @@ class RouteMended:
         checks.at_most("ticket", self.ticket, limits.ENVELOPE_BYTES_MAX)
 
 
+@JOB.message(10)
+@dataclass(frozen=True, slots=True)
+class JobCount:
+    """Holder to Island: so much of the job has come, signed (protocol/counts.py). Only where the ticket asks for it."""
+
+    job: int
+    count: bytes
+
+    def __post_init__(self) -> None:
+        _job(self.job)
+        checks.at_most("count", self.count, limits.COUNT_BYTES_MAX)
+
+
+@JOB.message(11)
+@dataclass(frozen=True, slots=True)
+class JobAlive:
+    """Island to holder: the job still runs here. Said every LEASE_RENEW_S; without it, or a chunk, the holder gives the job up."""
+
+    job: int
+
+    def __post_init__(self) -> None:
+        _job(self.job)
+
+
 @ADS.message(2)
 @dataclass(frozen=True, slots=True)
 class Announce:

@@ -1,14 +1,22 @@
-"""Asks and prices in integer micro-credits, so that no sum ever depends on rounding of floats."""
+"""Asks and prices in integer micro-credits, so that no sum ever depends on rounding of floats.
+
+As text a price is a decimal number of credits; in JSON it is that text, or a number that is exact in micro-credits. Whatever else comes
+in (signs, exponents, other digits than ASCII's, a seventh decimal, NaN) is refused and never rounded: a price is what was written.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from protocol import checks, limits
+from protocol import limits
 
 _DECIMAL = re.compile(r"([0-9]{1,9})(?:\.([0-9]{1,6}))?\Z")
+_CREDITS_MAX = 10**9 - 1  # nine digits before the point
+_ASK_CHARS_MAX = 128
+_SHOWN_CHARS = 40
+_PARTS = ("per_job", "per_1k_output", "per_second")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +28,18 @@ class Ask:
     per_second: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("per_job", "per_1k_output", "per_second"):
-            checks.in_range(name, getattr(self, name), 0, limits.PRICE_MICROS_MAX)
+        for name in _PARTS:
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value <= limits.PRICE_MICROS_MAX:
+                raise ValueError(f"{name} must be a whole number of micro-credits from 0 to {limits.PRICE_MICROS_MAX}")
 
     def price(self, output_tokens: int, milliseconds: int) -> int:
-        """Price in micro-credits of a job; each part is rounded up, so that work is never free by being small."""
+        """Price in micro-credits of a job; each part is rounded up, so that work is never free by being small.
+
+        Raises ValueError for less than nothing: it would pay the Consumer.
+        """
+        if output_tokens < 0 or milliseconds < 0:
+            raise ValueError(f"no job has {output_tokens} tokens in {milliseconds} ms")
         per_tokens = -(-self.per_1k_output * output_tokens // 1000)
         per_time = -(-self.per_second * milliseconds // 1000)
         return self.per_job + per_tokens + per_time
@@ -37,12 +52,35 @@ def sum_of_asks(asks: Iterable[Ask]) -> Ask:
 
 
 def parse_credits(text: str) -> int:
-    """``"0.25"`` credits as micro-credits. Raises ValueError for signs, exponents, or more than 6 decimals."""
+    """``"0.25"`` credits as micro-credits. Raises ValueError for signs, exponents, blanks, or more than 6 decimals."""
     match = _DECIMAL.match(text)
     if match is None:
-        raise ValueError(f"a price is a number like 0.25 with at most 6 decimals, not {text[:40]!r}")
+        raise _no_price(repr(text[:_SHOWN_CHARS]))
     whole, fraction = match.groups()
     return int(whole) * limits.CREDIT_MICROS + int((fraction or "").ljust(6, "0"))
+
+
+def parse_price(value: object) -> int:
+    """A price in JSON, such as a bid, as micro-credits: text as ``parse_credits`` reads it, or a number.
+
+    Raises ValueError for all else. Of a float counts what its shortest form says (``0.1`` is 0.1); one that needs an exponent or a
+    seventh decimal is refused, so prices below 0.0001 have to be text.
+    """
+    if isinstance(value, str):
+        return parse_credits(value)
+    if type(value) is int:
+        if not 0 <= value <= _CREDITS_MAX:  # not shown: it may have any number of digits
+            raise _no_price("a number below 0" if value < 0 else "a larger number")
+        return value * limits.CREDIT_MICROS
+    if type(value) is float:
+        return parse_credits(repr(value))
+    raise _no_price(f"{type(value).__name__}")
+
+
+def _no_price(shown: str) -> ValueError:
+    return ValueError(
+        f"a price is a number like 0.25 from 0 to {_CREDITS_MAX}.999999 with at most 6 decimals, not {shown}"
+    )
 
 
 def format_credits(micros: int) -> str:
@@ -53,8 +91,25 @@ def format_credits(micros: int) -> str:
 
 
 def parse_ask(text: str) -> Ask:
-    """``PRICE`` (per job) or ``PER_JOB+PER_1K_OUTPUT+PER_SECOND``. Raises ValueError."""
-    parts = text.split("+")
-    if len(parts) > 3:
+    """``PRICE`` (per job) or ``PER_JOB+PER_1K_OUTPUT+PER_SECOND``, with blanks round the plus if one likes. Raises ValueError."""
+    parts = text[: _ASK_CHARS_MAX + 1].split("+")
+    if len(text) > _ASK_CHARS_MAX or len(parts) > 3:
         raise ValueError("an ask has at most three parts: per job + per 1,000 output tokens + per second")
-    return Ask(*(parse_credits(part.strip()) for part in parts))
+    return Ask(*(parse_credits(part.strip(" ")) for part in parts))
+
+
+def parse_ask_json(value: object) -> Ask:
+    """An ask in JSON: text as ``parse_ask`` reads it, a number (per job), or an object with some of the three parts. Raises ValueError."""
+    if isinstance(value, str):
+        return parse_ask(value)
+    if not isinstance(value, Mapping):
+        return Ask(parse_price(value))
+    unknown = [name for name in value if name not in _PARTS]
+    if unknown or not value:
+        raise ValueError(f"an ask has the parts {', '.join(_PARTS)}; at least one of them, and nothing else")
+    return Ask(**{name: parse_price(part) for name, part in value.items()})
+
+
+def format_ask(ask: Ask) -> str:
+    """The ask as ``parse_ask`` reads it, always with its three parts."""
+    return "+".join(format_credits(part) for part in (ask.per_job, ask.per_1k_output, ask.per_second))

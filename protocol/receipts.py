@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from protocol import checks, limits
 from protocol.envelope import Label, open_envelope, peek, seal
 from protocol.errors import RemoteProtocolError, SignatureError
-from protocol.generation import FinishReason
 from protocol.identity import Signer
 from protocol.registry import Struct
 from protocol.tickets import Ticket
@@ -15,9 +15,18 @@ from protocol.tickets import Ticket
 RECEIPT_VERSION = 1
 
 
+class Ending(StrEnum):
+    """How a job ended. The first two are protocol.generation.FinishReason's; ``cut``: before its answer did, by whatever cause."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CUT = "cut"
+
+
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """``output_hash``: SHA-256 of all token ids that were sent in this job, int32 little-endian, resumed ones not included."""
+    """``output_hash``: SHA-256 of all token ids that were sent in this job, int32 little-endian, resumed ones not included.
+    ``ticket_hash``: of the ticket that opened the job, also where its route was mended since."""
 
     version: int
     network: str
@@ -31,7 +40,7 @@ class Receipt:
     output_hash: bytes
     compute_ms: int
     price_micros: int
-    finish_reason: FinishReason
+    finish_reason: Ending
     finished_at_ms: int
 
     def __post_init__(self) -> None:

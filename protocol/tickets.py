@@ -54,6 +54,8 @@ class Ticket:
     """Opens one job. ``boots`` names the run of each Island on the route; ``token_limit`` counts output tokens.
 
     ``stages``: one for each Island of a pipeline, whose layers follow one another from 0 on; empty where one Island does all.
+    ``count_every``: tokens beyond the holder's last signed count that may leave the Island (protocol/counts.py); 0 where the holder is
+    the issuer itself, which need not sign.
     """
 
     version: int
@@ -73,6 +75,7 @@ class Ticket:
     expires_at_ms: int
     stages: tuple[TicketStage, ...] = ()
     activations: Activations = Activations.F32
+    count_every: int = 0
 
     def __post_init__(self) -> None:
         if self.version != TICKET_VERSION:
@@ -90,6 +93,9 @@ class Ticket:
         for boot in self.boots:
             checks.in_range("boot", boot, 1, 2**53)
         self._check_stages()
+        checks.in_range("count_every", self.count_every, 0, limits.COMPLETION_TOKENS_MAX)
+        if self.holder != self.issuer and not self.count_every:
+            raise ValueError("a ticket whose holder is not its issuer says after how many tokens the holder signs")
         checks.label("cargo", self.cargo, limits.NAME_CHARS_MAX)
         checks.content_hash("content_hash", self.content_hash)
         checks.in_range("token_limit", self.token_limit, 1, limits.COMPLETION_TOKENS_MAX)

@@ -1,13 +1,19 @@
-"""`make soak` writes what it found to bench/results/: name, outcome, seconds and recorded properties of each test."""
+"""What all tests share: databases of both kinds, and the report of the long tests.
+
+`make soak` writes what it found to bench/results/: name, outcome, seconds and recorded properties of each test.
+"""
 
 from __future__ import annotations
 
 import json
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.postgres import PostgresServer, require_server
 
 _RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results"
 
@@ -33,3 +39,24 @@ class _SoakReport:
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr == "soak" and not config.option.collectonly:
         config.pluginmanager.register(_SoakReport())
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """One running server for all tests. Whoever kills it starts it again."""
+    require_server()
+    with PostgresServer() as server:
+        server.start()
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The SQLAlchemy URL of a fresh, empty database; the test runs once on each kind."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'coordinator.db'}"
+        return
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    url = server.new_database()
+    yield url
+    server.drop(url)

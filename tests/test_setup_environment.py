@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from tests.postgres import DEBIAN_HOME
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / ".ci" / "environment.py"
 
@@ -309,17 +311,75 @@ def test_a_missing_test_program_is_named_and_fatal_in_ci(
         environment.check_test_programs()
 
 
-def test_in_ci_root_installs_them(
-    environment: Any, programs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def apt(environment: Any, programs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Root in CI lacks one package; the commands are noted instead of run."""
     programs("apt-get")
     monkeypatch.setenv("CI", "true")
     monkeypatch.setattr(environment, "TEST_PROGRAMS", {"absent": "package"})
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     commands: list[list[str]] = []
     monkeypatch.setattr(environment, "run_ticking", lambda command, log, extra: commands.append(command))
+    return commands
+
+
+APT_INSTALL = ["apt-get", "install", "-y", "--no-install-recommends", "package"]
+
+
+def test_in_ci_root_installs_them(environment: Any, apt: list[list[str]]) -> None:
     environment.check_test_programs()
-    assert commands == [["apt-get", "install", "-y", "--no-install-recommends", "package"]]
+    assert apt == [APT_INSTALL]
+
+
+def test_lists_of_packages_are_fetched_when_the_install_fails(
+    environment: Any, apt: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails_without_lists(command: list[str], log: Path, extra: dict[str, str]) -> None:
+        assert extra == {"DEBIAN_FRONTEND": "noninteractive"}
+        apt.append(command)
+        if ["apt-get", "update"] not in apt:
+            raise environment.SetupError("Unable to locate package")
+
+    monkeypatch.setattr(environment, "run_ticking", fails_without_lists)
+    environment.check_test_programs()
+    assert apt == [APT_INSTALL, ["apt-get", "update"], APT_INSTALL]
+
+
+def test_an_install_that_fails_twice_is_fatal(
+    environment: Any, apt: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(command: list[str], log: Path, extra: dict[str, str]) -> None:
+        if command == APT_INSTALL:
+            raise environment.SetupError("Unable to locate package")
+
+    monkeypatch.setattr(environment, "run_ticking", fails)
+    with pytest.raises(environment.SetupError, match="Unable to locate"):
+        environment.check_test_programs()
+
+
+def test_postgresql_is_found_where_debian_keeps_it(
+    environment: Any,
+    programs: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(environment, "POSTGRES_HOME", tmp_path / "postgresql")
+    programs("git", "curl", "setpriv")
+    environment.check_test_programs()
+    assert "tests need postgres. Debian: apt-get install postgresql\n" in capsys.readouterr().err
+    server = tmp_path / "postgresql" / "15" / "bin" / "postgres"
+    server.parent.mkdir(parents=True)
+    server.touch(mode=0o755)
+    environment.check_test_programs()
+    assert capsys.readouterr().err == ""
+    assert environment.find_program("postgres") == str(server)
+    found_on_path = programs("postgres") / "postgres"
+    assert environment.find_program("postgres") == str(found_on_path)
+
+
+def test_setup_and_the_tests_look_for_postgresql_in_the_same_place(environment: Any) -> None:
+    assert environment.POSTGRES_HOME == DEBIAN_HOME
 
 
 # Long steps
@@ -372,3 +432,9 @@ def test_the_fixed_commands_stand_in_setup_cfg() -> None:
     assert "libp2p==0.8.1" in config["options"]["install_requires"].split()
     packages = {line.partition(".")[0] for line in config["options.packages.find"]["include"].split()}
     assert packages == {"protocol", "privacy", "coordinator", "runtimes", "node"}
+
+
+def test_the_driver_of_postgresql_is_the_same_for_tests_and_for_users(environment: Any) -> None:
+    (driver,) = environment.requirements("options.extras_require", "postgres")
+    assert driver.startswith("psycopg[binary]>=")
+    assert driver in environment.requirements("options.extras_require", "test")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from coordinator.http.schema import ApiRequest
-from coordinator.jobs import Accepted, ChoiceResult, Event, StageShare, Text
+from coordinator.jobs import Accepted, ChoiceResult, Event, Replayed, Settled, StageShare, Text
 from coordinator.logprobs import TokenLogprob
 from protocol.prices import format_credits
 
@@ -37,10 +37,17 @@ class Answer:
     placed_s: float = 0.0
     route: tuple[str, ...] = ()
     results: dict[int, ChoiceResult] = field(default_factory=dict)
+    explain: bool = False  # the client wants to know why this Island
+    settled: Settled | None = None
+    is_replay: bool = False
 
-    def note(self, event: Accepted | ChoiceResult) -> None:
+    def note(self, event: Accepted | ChoiceResult | Settled | Replayed) -> None:
         if isinstance(event, ChoiceResult):
             self.results[event.choice] = event
+        elif isinstance(event, Settled):
+            self.settled = event
+        elif isinstance(event, Replayed):
+            self.job_id, self.is_replay = event.job_id, True
         elif not self.island:
             self.island, self.engine, self.placed_s = event.island, event.engine, event.placed_s
             self.route = event.route
@@ -64,6 +71,7 @@ class Answer:
             "x-archipelag-island": self.island,
             "x-archipelag-route": ",".join(self.route) or self.island,
             "server-timing": timing,
+            **({"x-archipelag-replayed": "true"} if self.is_replay else {}),
         }
 
     def usage(self) -> dict[str, Any]:
@@ -78,15 +86,24 @@ class Answer:
             sum(result.completion_tokens for result in results),
         )
 
+    @property
+    def price_micros(self) -> int:
+        """What was charged; by the receipts where nobody keeps books."""
+        if self.settled is not None:
+            return self.settled.price_micros
+        return sum(result.price_micros for result in self.results.values())
+
     def metadata(self) -> dict[str, Any]:
         """Ours, beside OpenAI's fields. ``islands`` and ``spliced_engines`` only where another Island had to continue."""
         results = [self.results[index] for index in sorted(self.results)]
         metadata: dict[str, Any] = {
             "job_id": self.job_id,
-            "price": format_credits(sum(result.price_micros for result in results)),
+            "price": format_credits(self.price_micros),
             "cache_hit": False,
             "cache_strategy": None,
         }
+        if self.explain and self.settled is not None and self.settled.placement:
+            metadata["placement"] = json.loads(self.settled.placement)
         moved = [result for result in results if len(result.islands) > 1]
         if moved:
             metadata["islands"] = list(moved[0].islands)
@@ -123,7 +140,9 @@ def _usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> di
 
 
 class Shape(Protocol):
-    """How one endpoint writes its choices."""
+    """How one endpoint writes its choices. ``kind``: what the books call its jobs."""
+
+    kind: str
 
     def begin(self, answer: Answer) -> None:
         """The Island is known; called once."""
@@ -173,6 +192,7 @@ class StreamWriter:
             self._answer.note(event)
             if isinstance(event, Accepted):
                 self._open(event.choice, parts)
+            if not isinstance(event, ChoiceResult):
                 continue
             self._flush(event.choice, texts.pop(event.choice, []), parts)
             self._close(event, parts)

@@ -9,24 +9,30 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from aiohttp import web
 
-from coordinator.dispatch import Dispatcher
+from coordinator.books.errors import BooksRefused, BooksUnavailable
+from coordinator.desk import Order
+from coordinator.dispatch import Emit
+from coordinator.exchange.bids import Work
+from coordinator.exchange.quotes import QuoteRefused
 from coordinator.http import models, schema
 from coordinator.http.answers import Answer, Shape, StreamWriter, to_json, whole
 from coordinator.http.auth import Gate
 from coordinator.http.bridge import Bridge, Stream
 from coordinator.http.chat import ChatShape
 from coordinator.http.completions import CompletionShape
-from coordinator.http.errors import ApiError, from_refusal
+from coordinator.http.errors import ApiError, from_books, from_quote, from_refusal, unavailable
 from coordinator.http.metrics import CONTENT_TYPE, Metrics
 from coordinator.http.sse import DONE, KEEP_ALIVE, EventStream, event
-from coordinator.jobs import Accepted, Event, JobSpec
+from coordinator.http.terms import Terms, need_cargo, read_terms
+from coordinator.jobs import Accepted, Event, JobSpec, Replayed
+from coordinator.matching import declared_tokens
 from coordinator.placement import Placer
 from privacy.keys import cache_salt
 from protocol import limits
@@ -35,6 +41,7 @@ from protocol.errors import Refused
 log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Admit = Callable[[web.Request, str], Awaitable[str]]
 Parser = Callable[[dict[str, Any], int], schema.ApiRequest]
 
 _JSON = "application/json"
@@ -57,12 +64,34 @@ class _Call:
 _CALL: ContextVar[_Call] = ContextVar("archipelag_call")
 
 
+class Worker(Protocol):
+    """Whoever does a request's work and is paid for it; called on trio."""
+
+    async def run(self, order: Order, emit: Emit) -> None:
+        """Raises Refused, BooksRefused, QuoteRefused or BooksUnavailable."""
+        ...
+
+    async def collect(self, order: Order) -> list[Event]:
+        """All events at once."""
+        ...
+
+
+class Routes(Protocol):
+    """More addresses of the API."""
+
+    def routes(self, prefix: str) -> list[web.AbstractRouteDef]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What the handlers need. ``placer``, ``dispatcher`` and ``well_known`` belong to trio and are only called through the bridge."""
+    """What the handlers need. ``placer``, ``worker`` and ``well_known`` belong to trio and are only called through the bridge.
+
+    ``more(admit)``: further addresses under /api/v1; ``admit(request, scope)`` gives the account. ``keep_s``: how long answers of chats and
+    completions are kept for requests that come again. ``job_timeout_s``: how long a job may run.
+    """
 
     bridge: Bridge
-    dispatcher: Dispatcher
+    worker: Worker
     placer: Placer
     gate: Gate
     metrics: Metrics
@@ -71,6 +100,9 @@ class Services:
     version: str
     body_bytes_max: int
     keep_alive_comment_s: float
+    keep_s: float = 0.0
+    job_timeout_s: float = limits.JOB_TIMEOUT_S
+    more: Callable[[Admit], Sequence[Routes]] = lambda admit: ()
     draining: threading.Event = field(default_factory=threading.Event)
 
 
@@ -96,7 +128,10 @@ class Api:
                 # a model's name may hold slashes
                 web.get(prefix + "/models/{name:.+}", self.model),
             ]
+        for more in self._services.more(self.admit):
+            routes += more.routes("/api/v1")
         app.add_routes(routes)
+        app.on_response_prepare.append(_with_call)
         return app
 
     @web.middleware
@@ -111,6 +146,8 @@ class Api:
             response = _error(error)
         except Refused as refusal:
             response = _error(from_refusal(refusal))
+        except (BooksRefused, BooksUnavailable, QuoteRefused) as error:
+            response = _error(_told(error))
         except web.HTTPException as error:
             response = _error(_from_http(error, self._services.body_bytes_max))
         except web.RequestPayloadError:
@@ -122,8 +159,6 @@ class Api:
             trace = "".join(traceback.format_tb(error.__traceback__))
             log.error("request %s: %s\n%s", call.request_id, type(error).__name__, trace)
             response = _error(ApiError(500, "internal error", code="internal_error", kind="server_error"))
-        if not response.prepared:
-            response.headers.update(call.headers())
         resource = request.match_info.route.resource
         route = resource.canonical if resource is not None else "none"
         self._services.metrics.request(route, response.status, time.perf_counter() - started_s)
@@ -136,11 +171,11 @@ class Api:
         return await self._generate(request, schema.parse_completion, CompletionShape())
 
     async def models(self, request: web.Request) -> web.StreamResponse:
-        await self._admit(request, "read")
+        await self.admit(request, "read")
         return _json(models.model_list(await self._cargos()))
 
     async def model(self, request: web.Request) -> web.StreamResponse:
-        await self._admit(request, "read")
+        await self.admit(request, "read")
         return _json(models.model(await self._cargos(), request.match_info["name"]))
 
     async def health(self, _request: web.Request) -> web.StreamResponse:
@@ -167,14 +202,14 @@ class Api:
 
         return await self._services.bridge.call(ask)
 
-    async def _admit(self, request: web.Request, scope: str) -> str:
-        """The account of the key."""
+    async def admit(self, request: web.Request, scope: str) -> str:
+        """The account of the key. Raises ApiError."""
         key, headers = await self._services.gate.admit(request, scope)
         _CALL.get().rate = headers
         return key.account
 
     async def _generate(self, request: web.Request, parse: Parser, shape: Shape) -> web.StreamResponse:
-        account = await self._admit(request, "write")
+        account = await self.admit(request, "write")
         if self._services.draining.is_set():
             raise ApiError(
                 503,
@@ -183,27 +218,32 @@ class Api:
                 kind="server_error",
                 headers={"Retry-After": "2"},
             )
-        api = parse(schema.parse_json(await request.read()), secrets.randbits(63))
-        job_id = secrets.token_hex(12)
-        spec = JobSpec(job_id, api.model, self._salt(account), api.choices)
-        answer = Answer(api, job_id, int(time.time()))
+        raw = await request.read()
+        body = schema.parse_json(raw)
+        api = parse(body, secrets.randbits(63))
+        terms = read_terms(request, raw, body, account, self._services.salt_secret)
+        need_cargo(api.model, "model")
+        job_id, services = secrets.token_hex(12), self._services
+        order = order_of(job_id, api, terms, account, self._salt(account), shape.kind, services.keep_s, services.job_timeout_s)
+        answer = Answer(api, job_id, int(time.time()), explain=terms.explain)
         if api.stream:
-            return await self._stream(request, spec, answer, shape)
-        events = await self._services.bridge.call(self._services.dispatcher.collect, spec)
-        body = whole(answer, shape, events)
-        return web.Response(body=body, headers={"Content-Type": _JSON, **answer.headers()})
+            return await self._stream(request, order, answer, shape)
+        events = await self._services.bridge.call(self._services.worker.collect, order)
+        body_out = whole(answer, shape, events)
+        return web.Response(body=body_out, headers={"Content-Type": _JSON, **answer.headers()})
 
-    async def _stream(self, request: web.Request, spec: JobSpec, answer: Answer, shape: Shape) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, order: Order, answer: Answer, shape: Shape) -> web.StreamResponse:
         """Waits for the first words before it sends headers: until then an error has a status, and the Island may be another."""
-        dispatcher = self._services.dispatcher
-        stream: Stream[Event] = self._services.bridge.stream(lambda send: dispatcher.run(spec, send))
+        worker = self._services.worker
+        stream: Stream[Event] = self._services.bridge.stream(lambda send: worker.run(order, send))
         writer = StreamWriter(answer, shape)
         try:
             events = await _opening(stream)
+            for said in (event for event in events if isinstance(event, Replayed)):
+                answer.note(said)
             if (accepted := _first_server(events)) is not None:
                 answer.note(accepted)
-            headers = {**answer.headers(), **_CALL.get().headers()}
-            async with EventStream(request, headers, self._services.keep_alive_comment_s, stream.nudge) as output:
+            async with EventStream(request, answer.headers(), self._services.keep_alive_comment_s, stream.nudge) as output:
                 await _pump(stream, events, writer, output)
                 return output.response
         finally:
@@ -215,6 +255,8 @@ def _first_server(events: list[Event]) -> Accepted | None:
     """The Island that gave the first words: the last one that took the first choice before anything was said."""
     found: Accepted | None = None
     for said in events:
+        if isinstance(said, Replayed):
+            continue
         if not isinstance(said, Accepted):
             break
         if found is None or said.choice == found.choice:
@@ -227,7 +269,7 @@ async def _opening(stream: Stream[Event]) -> list[Event]:
     events = await stream.take()
     timer = asyncio.get_running_loop().call_later(limits.HEADERS_WAIT_S, stream.nudge)
     try:
-        while all(isinstance(event, Accepted) for event in events):
+        while all(isinstance(event, Accepted | Replayed) for event in events):
             more = await stream.take()
             if not more:
                 break
@@ -251,8 +293,56 @@ async def _pump(stream: Stream[Event], events: list[Event], writer: StreamWriter
         except Refused as refusal:
             await output.write(event(from_refusal(refusal).body()))
             return
+        except (BooksRefused, BooksUnavailable, QuoteRefused) as error:
+            await output.write(event(_told(error).body()))
+            return
         if not events:
             await output.write(KEEP_ALIVE)
+
+
+def order_of(
+    job_id: str,
+    api: schema.ApiRequest,
+    terms: Terms,
+    account: str,
+    salt: bytes,
+    kind: str,
+    keep_s: float,
+    job_timeout_s: float = limits.JOB_TIMEOUT_S,
+) -> Order:
+    """A checked request as the desk takes it."""
+    prompt_tokens = max(declared_tokens(choice.input_chars, 0) for choice in api.choices)
+    output_tokens = max(choice.max_tokens for choice in api.choices)
+    spec = JobSpec(
+        job_id, api.model, salt, api.choices, account=account, policy=terms.policy, priority=terms.priority
+    )
+    return Order(
+        spec=spec,
+        work=Work(prompt_tokens, output_tokens, len(api.choices), job_timeout_s),
+        kind=kind,
+        bid_micros=terms.bid_micros,
+        quote_id=terms.quote_id,
+        policy_text=terms.policy_text,
+        delivers=api.stream,
+        keep_s=keep_s,
+        idempotency_key=terms.idempotency_key,
+        fingerprint=terms.fingerprint,
+        is_retry=terms.is_retry,
+    )
+
+
+def _told(error: BooksRefused | BooksUnavailable | QuoteRefused) -> ApiError:
+    """What the books or the exchange say, as the client hears it."""
+    if isinstance(error, BooksUnavailable):
+        return unavailable(str(error))
+    return from_quote(error) if isinstance(error, QuoteRefused) else from_books(error)
+
+
+async def _with_call(_request: web.Request, response: web.StreamResponse) -> None:
+    """Whatever answers, streams too, says whose it is."""
+    call = _CALL.get(None)
+    if call is not None:
+        response.headers.update(call.headers())
 
 
 def _request_id(request: web.Request) -> str:

@@ -12,6 +12,8 @@ from coordinator.logprobs import TokenLogprob
 
 
 class ChatShape:
+    kind = "chat"
+
     def __init__(self) -> None:
         self._head = self._tail = b""
 

@@ -12,6 +12,8 @@ from coordinator.logprobs import TokenLogprob
 
 
 class CompletionShape:
+    kind = "completion"
+
     def __init__(self) -> None:
         self._head = self._tail = b""
         self._offsets: dict[int, int] = {}

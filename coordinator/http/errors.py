@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from coordinator.books.errors import BooksRefused, Why
+from coordinator.desk import JobCancelled
+from coordinator.exchange.quotes import QuoteFault, QuoteRefused
+from coordinator.placement import NotPlaced
 from protocol.errors import Code, Refused
 
 RETRY_AFTER_S = 2
@@ -56,6 +60,8 @@ _STATUS: dict[Code, tuple[int, str, str, str | None]] = {
     Code.CANCELLED: (503, "server_error", "cancelled", None),
     Code.WORKER_DIED: (502, "server_error", "worker_died", None),
     Code.LINK_LOST: (502, "server_error", "link_lost", None),
+    Code.LEASE_LOST: (502, "server_error", "lease_lost", None),
+    Code.UNSIGNED: (502, "server_error", "unsigned", None),
     Code.BAD_TICKET: (502, "server_error", "bad_ticket", None),
     Code.TIMEOUT: (504, "server_error", "timeout", None),
     Code.INTERNAL: (500, "server_error", "internal_error", None),
@@ -64,6 +70,42 @@ _STATUS: dict[Code, tuple[int, str, str, str | None]] = {
 
 def from_refusal(refusal: Refused) -> ApiError:
     """How a failed job looks to the client."""
+    if isinstance(refusal, NotPlaced) and refusal.refusal.by_price:
+        return ApiError(402, refusal.message, code="bid_too_low", param="bid_price", kind="insufficient_quota")
+    if isinstance(refusal, JobCancelled):  # OpenAI's clients would ask again after most statuses
+        return ApiError(409, refusal.message, code="job_cancelled", headers={"x-should-retry": "false"})
     status, kind, code, param = _STATUS[refusal.code]
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
     return ApiError(status, refusal.message, code=code, param=param, kind=kind, headers=headers)
+
+
+_BOOKS: dict[Why, tuple[int, str, str | None]] = {
+    # why -> status, type, param
+    Why.NO_CREDIT: (402, "insufficient_quota", None),
+    Why.NO_ACCOUNT: (404, "invalid_request_error", None),
+    Why.NO_JOB: (404, "invalid_request_error", None),
+    Why.NO_ISLAND: (404, "invalid_request_error", None),
+    Why.REUSED: (422, "invalid_request_error", None),
+    Why.RUNNING: (409, "invalid_request_error", None),
+    Why.NOT_OWNER: (409, "invalid_request_error", None),
+    Why.STATE: (409, "invalid_request_error", None),
+    Why.BAD_AMOUNT: (400, "invalid_request_error", None),
+}
+
+
+def from_books(refused: BooksRefused) -> ApiError:
+    """How a refusal of the books looks to the client."""
+    status, kind, param = _BOOKS.get(refused.why, (500, "server_error", None))
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if refused.why is Why.RUNNING else None
+    return ApiError(status, refused.message, code=refused.why.value, param=param, kind=kind, headers=headers)
+
+
+def from_quote(refused: QuoteRefused) -> ApiError:
+    status = 404 if refused.fault is QuoteFault.NOT_YOURS else 409
+    return ApiError(status, refused.message, code=refused.fault.value, param="quote")
+
+
+def unavailable(message: str) -> ApiError:
+    """503: the database cannot be used at the moment."""
+    headers = {"Retry-After": str(RETRY_AFTER_S)}
+    return ApiError(503, message, code="books_unavailable", kind="server_error", headers=headers)

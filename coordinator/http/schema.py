@@ -60,7 +60,7 @@ def _no_constant(name: str) -> NoReturn:
 
 def parse_chat(body: Mapping[str, Any], seed: int) -> ApiRequest:
     """``POST /v1/chat/completions``. ``seed`` is used where the client gave none. Raises ApiError 400."""
-    fields = _Fields(body)
+    fields = Fields(body)
     model = fields.text("model", limits.NAME_CHARS_MAX, required=True)
     _refuse_unsupported(body)
     logprobs = fields.flag("logprobs")
@@ -84,7 +84,7 @@ def parse_chat(body: Mapping[str, Any], seed: int) -> ApiRequest:
 
 def parse_completion(body: Mapping[str, Any], seed: int) -> ApiRequest:
     """``POST /v1/completions``. Raises ApiError 400."""
-    fields = _Fields(body)
+    fields = Fields(body)
     model = fields.text("model", limits.NAME_CHARS_MAX, required=True)
     if fields.get("suffix"):
         raise unsupported("suffix")
@@ -131,7 +131,7 @@ def _choices(bases: list[GenerationRequest], n: int) -> tuple[GenerationRequest,
     return tuple(found)
 
 
-class _Fields:
+class Fields:
     """Typed access to a body; null counts as absent, as it does at OpenAI."""
 
     def __init__(self, body: Mapping[str, Any]) -> None:
@@ -277,13 +277,13 @@ def _prompt(value: object, where: str) -> str:
     return _text(value, where, limits.MESSAGE_CHARS_MAX)
 
 
-def _max_tokens(fields: _Fields, *names: str) -> int:
+def _max_tokens(fields: Fields, *names: str) -> int:
     """The first that is given; all are checked."""
     given = [fields.integer(name, 1, limits.COMPLETION_TOKENS_MAX) for name in names]
     return next((value for value in given if value is not None), limits.COMPLETION_TOKENS_DEFAULT)
 
 
-def _sampling(fields: _Fields, seed: int) -> Sampling:
+def _sampling(fields: Fields, seed: int) -> Sampling:
     given_seed = fields.integer("seed", -_INT64, _INT64 - 1)
     penalty = limits.PENALTY_ABS_MAX
     return Sampling(
@@ -327,7 +327,7 @@ def _stop(value: object) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _stream(fields: _Fields) -> tuple[bool, bool]:
+def _stream(fields: Fields) -> tuple[bool, bool]:
     stream, options = fields.flag("stream"), fields.get("stream_options")
     if options is None:
         return stream, False

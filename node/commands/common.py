@@ -12,6 +12,8 @@ from node.settings import defaults, settle
 
 T = TypeVar("T")
 
+_COUNT_DIGITS_MAX = 9
+
 
 def data_home() -> Path:
     """``$XDG_DATA_HOME/archipelag``, else ``~/.local/share/archipelag``."""
@@ -52,11 +54,26 @@ def add_network(parser: argparse.ArgumentParser, example: str) -> None:
     )
 
 
-def settled(arguments: argparse.Namespace, role: str) -> argparse.Namespace:
-    """Arguments with environment, config file and common defaults filled in. Raises ConfigError."""
+def add_books(parser: argparse.ArgumentParser) -> None:
+    """For commands that work on a Coordinator's books."""
+    add_data_dir(parser, "coordinator")
+    parser.add_argument(
+        "--database-url", metavar="URL", help="the Coordinator's database, where it has another than its data folder's"
+    )
+
+
+def settled(arguments: argparse.Namespace, role: str, strict: bool = True) -> argparse.Namespace:
+    """Arguments with environment, config file and common defaults filled in; ``strict`` as in ``settle``. Raises ConfigError."""
     if arguments.data_dir is None:
         arguments.data_dir = os.environ.get("ARCHIPELAG_DATA_DIR") or str(data_home() / role)
-    return defaults(settle(arguments.parser, arguments), log_json=False, log_level="info")
+    return defaults(settle(arguments.parser, arguments, strict=strict), log_json=False, log_level="info")
+
+
+def parse_count(text: str) -> int:
+    """A whole number in at most nine ASCII digits. Raises ValueError."""
+    if not (text.isascii() and text.isdigit() and len(text) <= _COUNT_DIGITS_MAX):
+        raise ValueError(f"{text[:40]!r} is no whole number of at most {_COUNT_DIGITS_MAX} digits")
+    return int(text)
 
 
 def checked(convert: Callable[[str], T]) -> Callable[[str], T]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import trio
 
 from node import VERSION, logs
-from node.commands.common import add_data_dir, add_logging, add_network, checked, settled
+from node.commands.common import add_data_dir, add_logging, add_network, checked, parse_count, settled
 from node.ready import check_ready_file
 from node.settings import defaults, parse_bytes, parse_host_port
 from protocol import limits
@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--database-url", metavar="URL", help="SQLAlchemy URL of the database (default: SQLite in the data folder)"
     )
+    parser.add_argument(
+        "--network-of",
+        metavar="D",
+        help="serve the network of the Coordinator whose data folder D is, or a copy of its network.key and salt.key; "
+        "needs the same --database-url",
+    )
     parser.add_argument("--tls-cert", metavar="F", help="certificate chain, PEM")
     parser.add_argument("--tls-key", metavar="F", help="its private key, PEM")
     parser.add_argument(
@@ -49,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="believe X-Forwarded-For from this address; may be repeated",
     )
     parser.add_argument(
+        "--address-limit",
+        type=checked(parse_count),
+        metavar="N",
+        help="requests a minute of one address, right keys and wrong ones (default: no limit)",
+    )
+    parser.add_argument(
         "--body-limit",
         type=checked(parse_bytes),
         metavar="BYTES",
@@ -59,6 +71,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SECONDS",
         help=f"longest time that a job may take (default: {limits.JOB_TIMEOUT_S:.0f})",
+    )
+    parser.add_argument(
+        "--retry-window",
+        type=checked(parse_count),
+        metavar="SECONDS",
+        help="how long a chat's answer is kept, sealed, for a client that asks again after it was cut off "
+        f"(default: {limits.RETRY_WINDOW_S:.0f}; 0 keeps none)",
+    )
+    parser.add_argument(
+        "--result-retention",
+        type=checked(parse_count),
+        metavar="SECONDS",
+        help=f"how long the output of a submitted job is kept, sealed (default: {limits.RESULT_RETENTION_S:.0f})",
+    )
+    parser.add_argument(
+        "--require-approval",
+        action="store_true",
+        default=None,
+        help="give jobs only to Islands that 'archipelag-node accounts approve' has named",
     )
     parser.add_argument(
         "--manifest",
@@ -80,11 +111,15 @@ def _manifests(files: list[str]) -> dict[str, ShardManifest]:
     from runtimes.manifests import catalogue_manifests
 
     found = dict(catalogue_manifests())
+    given: dict[str, str] = {}
     for file in files:
         try:
             manifest = manifest_from_json(Path(file).expanduser().read_text())
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--manifest {file} cannot be read: {error}") from error
+        if manifest.name in given:
+            raise ConfigError(f"--manifest {file} names {manifest.name}, and so does {given[manifest.name]}; leave one of them out")
+        given[manifest.name] = file
         found[manifest.name] = manifest
     return found
 
@@ -100,13 +135,19 @@ def run(arguments: argparse.Namespace) -> int:
         insecure_http=False,
         manifest=[],
         activations=Activations.F32.value,
+        address_limit=0,
         body_limit=limits.BODY_BYTES_MAX,
         job_timeout=limits.JOB_TIMEOUT_S,
+        retry_window=limits.RETRY_WINDOW_S,
+        result_retention=limits.RESULT_RETENTION_S,
+        require_approval=False,
     )
     if not 0 < settings.body_limit <= limits.JOB_INPUT_BYTES_MAX:
         raise ConfigError(f"--body-limit takes 1 to {limits.JOB_INPUT_BYTES_MAX} bytes")
     if not 0 < settings.job_timeout <= limits.TICKET_LIFETIME_S:
         raise ConfigError(f"--job-timeout takes more than 0 and at most {limits.TICKET_LIFETIME_S:.0f} seconds")
+    if settings.network_of and not settings.database_url:
+        raise ConfigError("--network-of needs --database-url: the Coordinators of a network keep their books in one PostgreSQL")
     check_ready_file(settings.ready_file)
     logs.setup(settings.log_json, settings.log_level)
     from coordinator.config import CoordinatorConfig
@@ -121,9 +162,13 @@ def run(arguments: argparse.Namespace) -> int:
         tls_key=settings.tls_key or "",
         insecure_http=settings.insecure_http,
         trusted_proxies=tuple(settings.trusted_proxy),
+        requests_per_minute_per_address=settings.address_limit,
         body_bytes_max=settings.body_limit,
         job_timeout_s=settings.job_timeout,
         activations=Activations(settings.activations),
+        retry_window_s=settings.retry_window,
+        result_retention_s=settings.result_retention,
+        require_approval=settings.require_approval,
         version=VERSION,
     )
     role = CoordinatorRole(
@@ -134,6 +179,7 @@ def run(arguments: argparse.Namespace) -> int:
         mdns=not settings.no_mdns,
         ready_file=settings.ready_file,
         manifests=_manifests(settings.manifest),
+        network_of=settings.network_of,
     )
     trio.run(run_coordinator, role)
     return 0

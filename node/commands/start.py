@@ -80,6 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--echo-delay", type=float, metavar="SECONDS", help="pause of the echo Cargo before each word, for tests"
     )
+    parser.add_argument(
+        "--remote-asks",
+        action="store_true",
+        default=None,
+        help="let the account that this Island is paired with set asks through a Coordinator (POST /api/v1/market/asking-prices)",
+    )
     add_network(parser, "/ip4/0.0.0.0/tcp/4001")
     add_logging(parser)
 
@@ -111,6 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
         no_shards=False,
         shard_dir=[],
         echo_delay=0.0,
+        remote_asks=False,
     )
     logs.setup(settings.log_json, settings.log_level)
     if settings.threads is not None and settings.threads < 1:
@@ -152,6 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
         ca_file=settings.ca_file,
         ready_file=settings.ready_file,
         memory_offered_bytes=settings.memory_limit,
+        remote_asks=settings.remote_asks,
     )
     trio.run(run_island, config)
     return 0

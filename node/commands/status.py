@@ -33,8 +33,11 @@ def _lines(status: dict[str, Any]) -> list[str]:
         for pipeline in status["pipelines"]:
             lines += _pipeline(pipeline)
         return [*lines, f"host       {_pairs(status['host'])}"]
+    if status["role"] == "bridge":
+        lines += [f"joined     {status['coordinator'] or '-'}", f"jobs       {_pairs(status['jobs'])}"]
+        return [*lines, f"reports    {status['reports']} under way", f"host       {_pairs(status['host'])}"]
     state = "draining" if status["draining"] else "ready" if status["ready"] else "waiting for a Coordinator"
-    lines += [f"state      {state}", f"joined     {status['coordinator'] or '-'}"]
+    lines += [f"state      {state}", f"joined     {', '.join(status['coordinators']) or '-'}"]
     for cargo in status["cargos"]:
         room = f"{cargo['kv_tokens_free']}/{cargo['kv_tokens_total']} KV tokens, {cargo['slots_free']}/{cargo['slots_total']} slots free"
         lines.append(f"cargo      {cargo['name']} ({cargo['runtime']}): {room}, {cargo['tokens_per_s']:.0f} tokens/s")
@@ -46,6 +49,7 @@ def _lines(status: dict[str, Any]) -> list[str]:
         *lines,
         f"jobs       {_pairs(status['jobs'])}",
         f"tickets    {_pairs(status['tickets'])}",
+        f"claims     {_pairs(status['claims'])}",
         f"host       {_pairs(status['host'])}",
     ]
 

@@ -21,6 +21,8 @@ class NetCounters:
     frames_sent: int = 0
     frames_received: int = 0
     frames_refused: int = 0
+    frame_bytes_sent: int = 0
+    frame_bytes_received: int = 0
     handler_errors: int = 0
     dials_failed: int = 0
 

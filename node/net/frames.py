@@ -71,6 +71,7 @@ class FrameStream:
         finally:
             self._send_lock.release()
         self._counters.frames_sent += 1
+        self._counters.frame_bytes_sent += len(frame)
 
     async def send_frames(self, frames: bytes, count: int) -> None:
         """Like ``send`` for ``count`` frames that are encoded already, in one write. Raises LinkLost."""
@@ -80,6 +81,7 @@ class FrameStream:
             except MuxedStreamError as error:
                 raise LinkLost(f"sending to {self.remote_peer}: {error}") from error
         self._counters.frames_sent += count
+        self._counters.frame_bytes_sent += len(frames)
 
     async def receive(self) -> Any:
         """The next message. Cancelling it loses nothing.
@@ -139,6 +141,7 @@ class FrameStream:
         except MuxedStreamError as error:
             raise LinkLost(f"receiving from {self.remote_peer}: {error}") from error
         for chunk in chunks:
+            self._counters.frame_bytes_received += len(chunk)
             self._have += len(chunk)  # now, since the next one may be merged into it
             self._keep(chunk)
 

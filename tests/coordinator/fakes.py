@@ -37,10 +37,10 @@ from protocol.generation import (
     pack_tokens,
     unpack_tokens,
 )
-from protocol.hold import DropShard, HoldProgress, HoldShard, ShardHeld
+from protocol.hold import DropShard, HoldProgress, HoldShard, SetAsk, ShardHeld
 from protocol.messages import JobAccepted, JobChunk, JobDone, RouteBroken, StageUse
-from protocol.prices import Ask
-from protocol.receipts import RECEIPT_VERSION, Receipt, sign_receipt
+from protocol.prices import Ask, sum_of_asks
+from protocol.receipts import RECEIPT_VERSION, Ending, Receipt, sign_receipt
 from protocol.shards import LayerRange, ShardManifest
 from protocol.tickets import Delegation, Ticket, TicketGuard, ticket_hash
 from tests.coordinator import manifests
@@ -49,6 +49,7 @@ NETWORK = "0123456789abcdef0123456789abcdef"
 COORDINATOR = NodeKey(bytes([9]) * 32)
 HASH_A, HASH_B, HASH_BIG = "aa" * 32, "bb" * 32, "cc" * 32
 WIRE_US = 500
+COMPUTE_MS = 3  # of every job, as receipts say
 
 
 def island_key(number: int) -> NodeKey:
@@ -100,9 +101,11 @@ class Script:
     """How an Island behaves. ``words`` are its tokens, one id each; None: the last message's own words.
 
     ``fail_open``: raised instead of a connection. ``refuse``: raised before JobAccepted. ``fail_after``: number of tokens sent in this
-    attempt before ``failure`` is raised; 0 is after JobAccepted. ``hang_after``: waits for ever there. Each is used ``times`` times.
+    attempt before ``failure`` is raised; 0 is after JobAccepted. ``hang_after``: waits for ever there, or for ``until``. Each is used
+    ``times`` times.
     ``complain_after``: number of tokens of this attempt before the driver of a pipeline says ``complaint``, (stage, code), so
-    many times; ``complaint_boot``: of which run, 0 for the one in its route.
+    many times; ``complaint_boot``: of which run, 0 for the one in its route. ``receipt``: fields in which its receipt lies, past what the
+    port would let through. ``names``: the stages that the driver of a pipeline says there were, where it lies.
     """
 
     words: tuple[str, ...] | None = None
@@ -119,6 +122,9 @@ class Script:
     batch: int = 1
     token_s: float = 0.0
     accept_s: float = 0.0
+    receipt: dict[str, Any] = field(default_factory=dict)
+    names: tuple[int, ...] | None = None
+    until: trio.Event | None = None
     logprobs: Callable[[list[str]], bytes] = lambda words: b""
 
 
@@ -190,9 +196,10 @@ class FakeIsland:
 
 
 class FakePort:
-    """An IslandPort without a network. Tickets are checked as an Island would."""
+    """An IslandPort without a network, of the Coordinator with this key. Tickets are checked as an Island would."""
 
-    def __init__(self, *islands: FakeIsland) -> None:
+    def __init__(self, *islands: FakeIsland, key: NodeKey = COORDINATOR) -> None:
+        self.holder = key.peer_id
         self.islands = {island.peer: island for island in islands}
         self._guards: dict[tuple[str, int], TicketGuard] = {}
         self._book = Book(NETWORK)
@@ -214,6 +221,13 @@ class FakePort:
         dropped = it.shards.pop(order.layers, None)
         if dropped is not None:
             it.memory_used -= room(order.layers.low, order.layers.high, dropped.kv_tokens_total)
+        self.advertise(it)
+
+    async def set_ask(self, island: str, order: SetAsk) -> None:
+        it = self.islands[island]
+        if not any(offer.name == order.cargo for offer in it.offers):
+            raise Refused(Code.UNKNOWN_CARGO, f"this Island does not hold Cargo {order.cargo}")
+        it.offers = tuple(replace(o, ask=order.ask) if o.name == order.cargo else o for o in it.offers)
         self.advertise(it)
 
     async def hold_shard(self, island: str, order: HoldShard, progress: Callable[[HoldProgress], None]) -> ShardHeld:
@@ -240,7 +254,7 @@ class FakePort:
         key = island.peer, island.boot
         if key not in self._guards:
             self._guards[key] = TicketGuard(*key, NETWORK)
-            self._guards[key].trust(Delegation(NETWORK, COORDINATOR.peer_id, 2**52))
+            self._guards[key].trust(Delegation(NETWORK, self.holder, 2**52))
         return self._guards[key]
 
     def advertise(self, island: FakeIsland, **changes: Any) -> None:
@@ -256,6 +270,12 @@ class FakePort:
         }
         made = ad(island.peer, island.offers, max(self._sequence, island.boot), **{**facts, **changes})
         self._put({**self._book.entries, island.peer: Entry(made, b"")})
+
+    def ask_of(self, island: FakeIsland, ticket: Ticket) -> Ask:
+        """What a job costs: of all stages together where there are some."""
+        if ticket.stages:
+            return sum_of_asks(stage.ask for stage in ticket.stages)
+        return next((it.ask for it in island.offers if it.name == ticket.cargo), Ask())
 
     def broken_stage(self, ticket: bytes, route: Ticket) -> int | None:
         """The first stage that would not serve a ticket: its Island is away, is another run, or does not hold the layers."""
@@ -288,7 +308,7 @@ class FakePort:
             raise script.fail_open
         if not self.is_there(it):
             raise Refused(Code.LINK_LOST, "no connection")
-        admitted = self.guard(it).admit(ticket, COORDINATOR.peer_id, time.time_ns() // 1_000_000)
+        admitted = self.guard(it).admit(ticket, self.holder, time.time_ns() // 1_000_000)
         if admitted.stages and admitted.stages[-1].layers not in it.shards:
             raise Refused(Code.UNKNOWN_CARGO, "these layers are not held here")
         request = GENERATION.decode(payload)
@@ -313,12 +333,13 @@ class _Run:
         self._ticket, self._raw = ticket, raw  # of the job
         self._route, self._route_raw = ticket, raw  # of the route as it is now
         self._passed: list[str] = []  # Islands that were in the route
+        self._ask = port.ask_of(island, ticket)  # as it is when the job begins
         self._mended = trio.Event()
         self._complaints = 0
 
     def mend(self, ticket: bytes) -> None:
         """Checked as a driver does."""
-        newer = self._port.guard(self._island).admit(ticket, COORDINATOR.peer_id, time.time_ns() // 1_000_000)
+        newer = self._port.guard(self._island).admit(ticket, self._port.holder, time.time_ns() // 1_000_000)
         for name in ("job_id", "cargo", "content_hash", "driver", "holder", "activations", "cache_salt", "token_limit"):
             assert getattr(newer, name) == getattr(self._route, name), f"a mended route has another {name}"
         assert newer.nonce != self._route.nonce
@@ -357,7 +378,7 @@ class _Run:
             sent += len(batch)
             step += len(batch)
         await self._stop_here(sent)
-        receipt = self._receipt(prompt_tokens, sent, reason)
+        receipt = self._receipt(prompt_tokens, start, sent, reason)
         uses = self._uses()
         yield JobDone(1, reason, "", prompt_tokens, 0, step, 1000, 2000, receipt, uses, WIRE_US if uses else 0)
 
@@ -382,6 +403,8 @@ class _Run:
     def _uses(self) -> tuple[StageUse, ...]:
         if not self._route.stages:
             return ()
+        if self._script.names is not None:
+            return tuple(StageUse(self._route.route[stage], 1000, 2000) for stage in self._script.names)
         passed = [StageUse(peer, 10, 20) for peer in self._passed]
         return (*passed, *(StageUse(peer, 1000 * n, 2000 * n) for n, peer in enumerate(self._route.route, 1)))
 
@@ -389,10 +412,11 @@ class _Run:
         if self._script.fail_after == sent:
             raise Refused(self._script.failure, "as the script says")
         if self._script.hang_after == sent:
-            await trio.sleep_forever()
+            await (self._script.until.wait() if self._script.until is not None else trio.sleep_forever())
 
-    def _receipt(self, prompt_tokens: int, sent: int, reason: FinishReason) -> bytes:
-        receipt = Receipt(
+    def _receipt(self, prompt_tokens: int, start: int, sent: int, reason: FinishReason) -> bytes:
+        tokens = pack_tokens([1000 + start + i for i in range(sent)])
+        plain = Receipt(
             version=RECEIPT_VERSION,
             network=NETWORK,
             island=self._island.peer,
@@ -402,13 +426,13 @@ class _Run:
             prompt_tokens=prompt_tokens,
             cached_tokens=0,
             sent_tokens=sent,
-            output_hash=bytes(32),
-            compute_ms=3,
-            price_micros=1000,
-            finish_reason=reason,
+            output_hash=hashlib.sha256(tokens).digest(),
+            compute_ms=COMPUTE_MS,
+            price_micros=min(self._ask.price(sent, COMPUTE_MS), self._ticket.price_limit_micros),
+            finish_reason=Ending(reason),
             finished_at_ms=1,
         )
-        return sign_receipt(receipt, self._island.key)
+        return sign_receipt(replace(plain, **self._script.receipt), self._island.key)
 
 
 def words_of(request: GenerationRequest) -> list[str]:
@@ -557,6 +581,7 @@ class Running:
 async def coordinator(
     folder: Path, *islands: FakeIsland, manifests: dict[str, ShardManifest] | None = None, **settings: Any
 ) -> AsyncIterator[Running]:
+    folder.mkdir(exist_ok=True)
     url = database_url_of(folder)
     key = create_key(url)
     port = FakePort(*islands)

@@ -16,7 +16,7 @@ from protocol import limits
 from protocol.errors import Code, Refused
 from protocol.generation import OutputFormat, Role
 from tests.coordinator.clients import HELLO, http, lines_of, with_openai
-from tests.coordinator.fakes import Running, Script, coordinator, island
+from tests.coordinator.fakes import FakeIsland, Running, Script, coordinator, island
 
 TEXT = "one two three four five"
 
@@ -328,9 +328,13 @@ async def test_an_error_in_the_stream_is_clear(tmp_path: Path) -> None:
         assert raised.value.code == "link_lost" and "2 workers" in raised.value.message
         return text
 
-    dying = [island(number, Script(fail_after=number, token_s=0.002), tokens_per_s=9.0 - number) for number in (1, 2)]
-    async with coordinator(tmp_path, *dying, island(3, tokens_per_s=0.1)) as running:
+    def pool() -> list[FakeIsland]:
+        dying = [island(number, Script(fail_after=number, token_s=0.002), tokens_per_s=9.0 - number) for number in (1, 2)]
+        return [*dying, island(3, tokens_per_s=0.1)]
+
+    async with coordinator(tmp_path / "first", *pool()) as running:
         assert await with_openai(running, work) == "one two three"
+    async with coordinator(tmp_path / "second", *pool()) as running:  # the first one has the two cool down
         _, data = await events(running, HELLO)
     error = json.loads(data[-1])["error"]
     assert set(error) == {"message", "type", "param", "code"} and "[DONE]" not in data

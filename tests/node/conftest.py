@@ -16,6 +16,7 @@ from node.holder import Links
 from node.jobs_served import JobServer, Terms, island_hello
 from node.net.host import Host, open_host
 from privacy.keys import NodeKey
+from protocol.direct import Claim
 from protocol.generation import GENERATION, GenerationRequest
 from protocol.messages import JOB, JOB_PROTOCOL
 from protocol.prices import Ask
@@ -31,6 +32,29 @@ def now_ms() -> int:
 
 
 @dataclass
+class KeptClaims:
+    """What an Island claims: the versions of each, by ticket; whether the newest is final."""
+
+    said: dict[bytes, list[Claim]] = field(default_factory=dict)
+    final: set[bytes] = field(default_factory=set)
+    changed: trio.Event = field(default_factory=trio.Event)
+
+    def put_nowait(self, claim: Claim, final: bool) -> None:
+        self.said.setdefault(claim.ticket, []).append(claim)
+        if final:
+            self.final.add(claim.ticket)
+        self.changed.set()
+        self.changed = trio.Event()
+
+    async def wait_final(self, ticket: bytes) -> Claim:
+        """The last word on a ticket."""
+        with trio.fail_after(10):
+            while ticket not in self.final:
+                await self.changed.wait()
+        return self.said[ticket][-1]
+
+
+@dataclass
 class Pair:
     """``holder`` may issue tickets for ``island``; both are connected."""
 
@@ -43,6 +67,7 @@ class Pair:
     guard: TicketGuard
     cargo: LoadedCargo
     network: str
+    claims: KeptClaims
     _nonces: itertools.count[int] = field(default_factory=itertools.count)
 
     def ticket(self, **changes: object) -> Ticket:
@@ -81,13 +106,15 @@ async def open_pair(cargo: LoadedCargo | None = None, ask: Ask = Ask(per_job=7))
     guard = TicketGuard(island_key.peer_id, BOOT, network)
     guard.trust(Delegation(network, holder_key.peer_id, now_ms() + 3_600_000))
     cargo = cargo or EchoCargo()
-    server = JobServer(island_key, guard, network, {"echo": Terms(cargo, ask)}, lambda: island_hello(network, "test"))
+    claims = KeptClaims()
+    terms = {"echo": Terms(cargo, ask)}
+    server = JobServer(island_key, guard, network, terms, lambda: island_hello(network, "test"), claims=claims)
     async with open_host(holder_key.seed) as holder, open_host(island_key.seed) as island:
         island.set_handler(JOB_PROTOCOL, JOB, server.serve)
         await holder.connect(island.addresses()[0])
         async with trio.open_nursery() as nursery:
-            links = Links(holder, nursery, lambda: island_hello(network, "holder"))
-            yield Pair(holder_key, island_key, holder, island, links, server, guard, cargo, network)
+            links = Links(holder, nursery, lambda: island_hello(network, "holder"), holder_key)
+            yield Pair(holder_key, island_key, holder, island, links, server, guard, cargo, network, claims)
             nursery.cancel_scope.cancel()
 
 

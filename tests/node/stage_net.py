@@ -447,7 +447,10 @@ class StageNet:
             expires_at_ms=now + 120_000,
             stages=tuple(TicketStage(each, Ask(per_job=10)) for each in ranges),
         )
-        return sign_ticket(Ticket(**{**fields, **changes}), signer)  # type: ignore[arg-type]
+        fields |= changes
+        if fields["issuer"] != fields["holder"]:
+            fields.setdefault("count_every", 8)
+        return sign_ticket(Ticket(**fields), signer)  # type: ignore[arg-type]
 
     async def ring(self, stages: int, row_s: float = 0.0) -> tuple[list[Island], EchoDriver]:
         """Islands that hold one layer each; the last one drives."""

@@ -21,6 +21,7 @@ from protocol.messages import (
     JobCancel,
     JobChunk,
     JobDone,
+    JobFailed,
     JobOpen,
     NodeRole,
 )
@@ -75,7 +76,6 @@ async def test_a_resumed_answer_goes_on_where_it_stopped(kit: Any) -> None:
         ({"expires_at_ms": 2_000, "issued_at_ms": 1_000}, "expired"),
         ({"boots": (1,)}, "earlier run"),
         ({"network": "0" * 32}, "another network"),
-        ({"holder": NodeKey(b"x" * 32).peer_id}, "another peer"),
         ({"route": (NodeKey(b"x" * 32).peer_id,)}, "another Island"),
     ],
 )
@@ -100,7 +100,7 @@ async def test_a_ticket_is_used_once(kit: Any) -> None:
 async def test_a_ticket_of_somebody_who_is_no_coordinator(kit: Any) -> None:
     async with kit.open_pair() as pair:
         stranger = NodeKey(b"x" * 32)
-        forged = sign_ticket(pair.ticket(issuer=stranger.peer_id), stranger)
+        forged = sign_ticket(pair.ticket(issuer=stranger.peer_id, count_every=8), stranger)
         with pytest.raises(Refused, match="no Coordinator"):
             await _run(kit, pair, forged)
 
@@ -178,6 +178,15 @@ async def test_a_bug_in_one_job_ends_that_job_only(kit: Any, caplog: pytest.LogC
             assert caught.value.code is Code.INTERNAL
         assert pair.links.opened_total == 1
     assert "secret" not in "\n".join(record.getMessage() for record in caplog.records), "a prompt never reaches the log"
+
+
+async def test_a_ticket_that_belongs_to_another_peer(kit: Any) -> None:
+    async with kit.open_pair() as pair:
+        stream = await _raw_stream(pair)
+        await stream.send(JobOpen(1, pair.sealed(holder=NodeKey(b"x" * 32).peer_id, count_every=8), kit.prompt("x")))
+        answer = await stream.receive()
+        assert isinstance(answer, JobFailed) and answer.code is Code.BAD_TICKET and "another peer" in answer.message
+        assert pair.server.counts.started == 0 and pair.guard.refused == 1
 
 
 async def _raw_stream(pair: Any) -> Any:

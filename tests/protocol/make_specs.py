@@ -15,6 +15,8 @@ from typing import Any
 from protocol import (
     ads,
     book,
+    counts,
+    direct,
     envelope,
     errors,
     generation,
@@ -29,8 +31,8 @@ from protocol import (
 from protocol.jobs import SENT_BY, TRANSITIONS, JobState
 
 FOLDER = Path(__file__).parents[2] / "specs"
-_MODULES = (ads, book, envelope, generation, hold, messages, prices, receipts, shards, stage_messages, tickets)
-REGISTRIES = (messages.JOB, messages.ADS, stage_messages.STAGE, hold.HOLD)
+_MODULES = (ads, book, counts, direct, envelope, generation, hold, messages, prices, receipts, shards, stage_messages, tickets)
+REGISTRIES = (messages.JOB, messages.ADS, stage_messages.STAGE, hold.HOLD, direct.SETTLE, direct.DESK)
 _SCHEMA = re.compile(r"<!-- schema: ([\w ]+) -->\n```\n.*?```\n", re.DOTALL)
 _TRANSITIONS = re.compile(r"<!-- transitions -->\n(?:\|.*\n)*")
 _CODES = re.compile(r"<!-- codes -->\n(?:\|.*\n)*")
@@ -47,6 +49,8 @@ CODE_MEANINGS: dict[errors.Code, str] = {
     errors.Code.CANCELLED: "the holder cancelled it",
     errors.Code.WORKER_DIED: "the worker process ended while it had the job; counts against WORKERS_ENDED_PER_JOB_MAX",
     errors.Code.LINK_LOST: "said by the holder to itself when the connection ended before JobDone or JobFailed",
+    errors.Code.LEASE_LOST: "said by the holder to itself when the Island has said nothing of the job for LEASE_S",
+    errors.Code.UNSIGNED: "the holder has not signed for what it got, and no more leaves without",
     errors.Code.TIMEOUT: "the job took longer than it may",
     errors.Code.INTERNAL: "a bug on the Island; its log knows more",
 }

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgpack
 
-from protocol import ads, limits, messages, receipts, shards, tickets
+from protocol import ads, counts, limits, messages, receipts, shards, tickets
 from protocol.envelope import Label, seal
 from protocol.framing import encode_frame
 from protocol.generation import GENERATION, pack_tokens
@@ -108,7 +108,7 @@ def frames() -> list[Vector]:
         "header is an extension": _frame(b"\xd4\x05\x00"),
         "header is an empty array": _frame(b"\x90"),
         "trailing byte in the header": _frame(b"\x92\x07\x01\xc0"),
-        "unknown number": _frame(msgpack.packb([10, 1])),
+        "unknown number": _frame(msgpack.packb([12, 1])),
         "number zero": _frame(msgpack.packb([0, 1])),
         "number is a bool": _frame(msgpack.packb([True, 1])),
         "number is a float": _frame(msgpack.packb([7.0, 1])),
@@ -119,6 +119,7 @@ def frames() -> list[Vector]:
         "text for bytes": _frame(msgpack.packb([2, 1, "ticket"])),
         "bytes for text": _frame(msgpack.packb([6, 1, b"internal", ""])),
         "text is no UTF-8": _frame(b"\x94\x06\x01\xa8internal\xa1\xff"),
+        "count that is no count": _frame(msgpack.packb([10, 1, b"x" * (limits.COUNT_BYTES_MAX + 1)])),
         "unknown code": _frame(msgpack.packb([6, 1, "out_of_luck", ""])),
         "job number zero": _frame(msgpack.packb([7, 0])),
         "job number negative": _frame(msgpack.packb([7, -1])),
@@ -461,6 +462,48 @@ def receipt_vectors() -> list[Vector]:
     return out + [{"name": n, **seen, "receipt": d.hex(), "expect": "refused"} for n, d in bad.items()]
 
 
+def count_vectors() -> list[Vector]:
+    """Each is an Island that has sent the ids 0, 1, 2, … of one job in chunks that end at ``ends``, and is handed counts one after another;
+    before each, so many tokens have left."""
+    ticket = tickets.sign_ticket(samples.ticket(), COORDINATOR)
+
+    def count(tokens: int, signer: Any = HOLDER, **changes: Any) -> bytes:
+        made = samples.count(**({"tokens": tokens, "output_hash": samples.output_hash(tokens)} | changes))
+        return counts.sign_count(made, signer)
+
+    def case(name: str, *handed: tuple[int, bytes, str], ends: tuple[int, ...] = (3, 5, 8)) -> Vector:
+        said = [{"sent": sent, "count": data.hex(), "expect": expect} for sent, data, expect in handed]
+        return {"name": name, "ticket": ticket.hex(), "ends": list(ends), "handed": said}
+
+    def refused(name: str, data: bytes, sent: int = 5) -> Vector:
+        return case(name, (sent, data, "refused"))
+
+    good = count(5)
+    elsewhere = tickets.network_id_of(OTHER.public_key)
+    return [
+        case("as it grows", (3, count(3), "ok"), (8, count(8), "ok"), (13, count(13), "ok"), ends=(3, 8, 13))
+        | {"fields": plain(samples.count(tokens=3, output_hash=samples.output_hash(3)))},
+        case("not the newest", (8, count(3), "ok"), (8, count(8), "ok")),
+        case("of nothing", (0, count(0), "ok"), (3, count(3), "ok")),
+        case("of nothing, of something that came", (3, count(0), "ok"), (3, count(3), "ok")),
+        case("repeated", (5, good, "ok"), (5, good, "refused")),
+        case("smaller than one before", (5, good, "ok"), (8, count(3), "refused")),
+        case("refused, then a good one", (5, count(8), "refused"), (5, good, "ok")),
+        refused("more than was sent", count(8)),
+        refused("inside a chunk", count(4)),
+        refused("of other tokens", count(5, output_hash=samples.output_hash(4))),
+        refused("over the ticket's limit", count(samples.ticket().token_limit + 1), 8),
+        refused("of another job", count(5, ticket_hash=bytes(32))),
+        refused("of another network", count(5, network=elsewhere)),
+        refused("by another than it names", count(5, OTHER)),
+        refused("by another than the ticket's holder", count(5, OTHER, holder=OTHER.peer_id)),
+        refused("by the Island itself", count(5, ISLAND, holder=ISLAND.peer_id)),
+        refused("forged", repacked(good, 3, bytes(64))),
+        refused("a receipt", receipts.sign_receipt(samples.receipt(), ISLAND)),
+        refused("cut", good[:-1]),
+    ]
+
+
 def jobs() -> list[Vector]:
     """``by`` says a message; both ends agree to all but the last one of a refused story."""
 
@@ -490,6 +533,12 @@ def jobs() -> list[Vector]:
         "a route that breaks twice before it is mended": "JobOpen JobAccepted RouteBroken RouteBroken RouteMended JobDone",
         "a broken route that is given up": "JobOpen JobAccepted RouteBroken JobCancel JobFailed",
         "a mended route that comes too late": "JobOpen JobAccepted RouteBroken JobFailed RouteMended",
+        "counts as it grows": "JobOpen JobAccepted JobChunk JobCount JobChunk:1,1 JobCount JobDone",
+        "a count that crosses the end": "JobOpen JobAccepted JobChunk JobDone JobCount",
+        "a count that crosses a failure": "JobOpen JobAccepted JobChunk JobFailed JobCount",
+        "a count before a cancel, and one behind it": "JobOpen JobAccepted JobChunk JobCount JobCancel JobCount JobFailed",
+        "renewed": "JobOpen JobAccepted JobAlive JobChunk JobAlive JobAlive JobDone",
+        "renewed after a cancel": "JobOpen JobAccepted JobCancel JobAlive JobFailed",
         "numbers may skip": "JobOpen:3 JobFailed:3 JobOpen:9 JobFailed:9",
     }
     refused = {
@@ -514,6 +563,11 @@ def jobs() -> list[Vector]:
         "a route that breaks after the end": "JobOpen JobAccepted JobDone RouteBroken",
         "a broken route of nothing": "RouteBroken",
         "a mended route of nothing": "RouteMended",
+        "a count before it was accepted": "JobOpen JobCount",
+        "a count of nothing": "JobCount",
+        "a count of a withdrawn job": "JobOpen JobCancel JobCount",
+        "renewed before it was accepted": "JobOpen JobAlive",
+        "renewed after the end": "JobOpen JobAccepted JobDone JobAlive",
     }
     out: list[Vector] = [{"name": name, "said": said(text), "expect": "ok"} for name, text in ok.items()]
     return out + [{"name": name, "said": said(text), "expect": "refused"} for name, text in refused.items()]
@@ -571,7 +625,7 @@ def generations() -> list[Vector]:
 
 ABOUT = {
     "keys": (keys, "Seeds, the Ed25519 public keys they give, and the names made of them."),
-    "frames": (frames, "Frames of the four stream protocols, bytes to message; an incomplete one has to wait for more."),
+    "frames": (frames, "Frames of the six stream protocols, bytes to message; an incomplete one has to wait for more."),
     "envelopes": (envelopes, "Envelopes opened under a label."),
     "ads": (ads_vectors, "Ads read at a time."),
     "losses": (losses, "Notices of loss read at a time."),
@@ -581,6 +635,7 @@ ABOUT = {
     "stages": (stage_vectors, "Tickets of a pipeline handed to a stage of its route one after another."),
     "manifests": (manifests, "Shard manifests as JSON text, and what ranges of layers weigh by them."),
     "receipts": (receipt_vectors, "Receipts checked against the ticket and what the holder counted."),
+    "counts": (count_vectors, "An Island that has sent so much of a job, and counts that are handed to it one after another."),
     "jobs": (jobs, "Conversations about jobs; in a refused one the last message is the wrong one."),
     "prices": (prices, "Text to micro-credits and back, and the price of a job."),
     "generations": (generations, "Inputs of text Cargos."),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from typing import Any
 
 from privacy.keys import NodeKey
-from protocol import ads, hold, limits, messages, receipts, shards, stage_messages, tickets
+from protocol import ads, counts, direct, hold, limits, messages, receipts, shards, stage_messages, tickets
 from protocol.activations import Activations
 from protocol.errors import Code
 from protocol.generation import ChatMessage, FinishReason, GenerationRequest, Role, Sampling, pack_tokens
@@ -125,6 +126,7 @@ def ticket(**changes: Any) -> tickets.Ticket:
         nonce=b"\x01" * limits.NONCE_BYTES,
         issued_at_ms=NOW_MS,
         expires_at_ms=NOW_MS + 120_000,
+        count_every=8,
     )
     return replace(fields, **changes)
 
@@ -186,10 +188,28 @@ def receipt(**changes: Any) -> receipts.Receipt:
         output_hash=b"\x22" * 32,
         compute_ms=700,
         price_micros=1_160,
-        finish_reason=FinishReason.STOP,
+        finish_reason=receipts.Ending.STOP,
         finished_at_ms=NOW_MS + 700,
     )
     return replace(fields, **changes)
+
+
+def count(**changes: Any) -> counts.Count:
+    """Of the tokens 0 to 4 of the job that ``ticket`` opens."""
+    fields = counts.Count(
+        version=counts.COUNT_VERSION,
+        network=NETWORK,
+        holder=HOLDER.peer_id,
+        ticket_hash=tickets.ticket_hash(tickets.sign_ticket(ticket(), COORDINATOR)),
+        tokens=5,
+        output_hash=output_hash(5),
+    )
+    return replace(fields, **changes)
+
+
+def output_hash(tokens: int) -> bytes:
+    """Of the ids 0, 1, 2, …"""
+    return hashlib.sha256(pack_tokens(list(range(tokens)))).digest()
 
 
 def generation(**changes: Any) -> GenerationRequest:
@@ -225,6 +245,8 @@ JOB_MESSAGES: tuple[Any, ...] = (
     messages.JobCancel(1),
     messages.RouteBroken(1, 0, BOOT_MS, Code.LINK_LOST, "stage 0 is gone"),
     messages.RouteMended(1, b"ticket"),
+    messages.JobCount(1, b"count"),
+    messages.JobAlive(1),
 )
 ADS_MESSAGES: tuple[Any, ...] = (
     messages.Hello(1, messages.NodeRole.COORDINATOR, NETWORK, "archipelag/0.1.0", b"delegation"),
@@ -257,10 +279,66 @@ HOLD_MESSAGES: tuple[Any, ...] = (
     hold.ShardHeld(SHARD_HASH, NOW_MS + 1),
     hold.HoldRefused(Code.NO_CAPACITY, "no memory is offered"),
     hold.DropShard(CONTENT_HASH, LayerRange(1, 3)),
+    hold.SetAsk("smollm2-135m", Ask(1_000, 2_000, 3)),
+    hold.AskSet(NOW_MS + 1),
+)
+SETTLE_MESSAGES: tuple[Any, ...] = (
+    messages.Hello(1, messages.NodeRole.ISLAND, NETWORK, "archipelag/0.1.0"),
+    direct.Claim(b"ticket", b"receipt", b"count"),
+    direct.ClaimAnswer(b"\x11" * 32, direct.Verdict.SETTLED, 1_160),
+)
+JOB_ID = "0123456789abcdef01234567"
+API_KEY = "ak_" + "A" * 43
+STANDING = direct.RateStanding(100, 99, 60)
+ATTEMPT = direct.Attempt(b"ticket", b"receipt", b"count")
+DESK_MESSAGES: tuple[Any, ...] = (
+    messages.Hello(1, messages.NodeRole.CONSUMER, NETWORK, "archipelag/0.1.0"),
+    direct.TicketWanted(
+        request=1,
+        api_key=API_KEY,
+        job_id=JOB_ID,
+        choices=2,
+        kind="chat",
+        cargo="smollm2-135m",
+        prompt_tokens=30,
+        output_tokens=256,
+        content_hash=CONTENT_HASH,
+        engine="gguf/1",
+        context_over=2_048,
+        affinity=ISLAND.peer_id,
+        excluded=(direct.Excluded(OTHER.peer_id, NOW_MS), direct.Excluded(MIDDLE.peer_id, 0, 250)),
+        wait_ms=30_000,
+        bid="0.25",
+        policy='{"regions":["EU"]}',
+        quote="q_1",
+        priority=10,
+    ),
+    direct.TicketGranted(
+        request=1,
+        ticket=b"ticket",
+        addresses=("/ip4/192.0.2.1/tcp/4001",),
+        sequence=NOW_MS,
+        region="EU",
+        offer=offer(),
+        price_max_micros=50_000,
+        placement='{"score":71.5}',
+        standing=STANDING,
+    ),
+    direct.DeskRefused(1, Code.NO_CAPACITY, "all are busy", 503, "server_error", "no_capacity", "", 2, STANDING),
+    direct.PlaceFreed(JOB_ID, b"\x11" * 32, Code.LINK_LOST),
+    direct.JobSettled(2, JOB_ID, (ATTEMPT,)),
+    direct.JobDropped(3, JOB_ID, Code.CANCELLED, (ATTEMPT,)),
+    direct.JobBilled(2, 1_160, 9_999_998_840),
+    direct.ModelsWanted(4, API_KEY),
+    direct.Models(4, (direct.OfferedModel("smollm2-135m", NOW_MS // 1000),), 2, STANDING),
+    direct.RequestWithdrawn(1),
+    direct.MendWanted(5, JOB_ID, b"\x11" * 32, 0, BOOT_MS, Code.LINK_LOST, "stage 0 is gone"),
 )
 REGISTRIES = (
     (messages.JOB, JOB_MESSAGES),
     (messages.ADS, ADS_MESSAGES),
     (stage_messages.STAGE, STAGE_MESSAGES),
     (hold.HOLD, HOLD_MESSAGES),
+    (direct.SETTLE, SETTLE_MESSAGES),
+    (direct.DESK, DESK_MESSAGES),
 )

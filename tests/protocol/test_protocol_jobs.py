@@ -19,8 +19,10 @@ from protocol.messages import (
     JOB,
     Hello,
     JobAccepted,
+    JobAlive,
     JobCancel,
     JobChunk,
+    JobCount,
     JobDone,
     JobFailed,
     JobOpen,
@@ -42,6 +44,8 @@ def message(kind: type[Any], job: int = 1, step: int = 0, tokens: int = 1) -> An
         JobCancel: lambda: JobCancel(job),
         RouteBroken: lambda: RouteBroken(job, 0, 1, Code.LINK_LOST, "stage 0 is gone"),
         RouteMended: lambda: RouteMended(job, b"ticket"),
+        JobCount: lambda: JobCount(job, b"count"),
+        JobAlive: lambda: JobAlive(job),
     }
     return made[kind]()
 
@@ -173,7 +177,7 @@ def test_the_table_is_sound() -> None:
     for (state, kind), following in TRANSITIONS.items():
         assert following is not JobState.IDLE
         if state is JobState.ENDED:
-            assert kind in (JobCancel, RouteMended) and following is JobState.ENDED
+            assert kind in (JobCancel, RouteMended, JobCount) and following is JobState.ENDED
     for state in (JobState.OPENING, JobState.RUNNING, JobState.WITHDRAWN, JobState.CANCELLING):
         assert TRANSITIONS[state, JobFailed] is JobState.ENDED
     assert {kind for _, kind in TRANSITIONS} == set(SENT_BY)

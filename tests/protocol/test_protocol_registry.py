@@ -11,7 +11,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from protocol import hold, limits, messages, stage_messages
+from protocol import direct, hold, limits, messages, stage_messages
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.registry import Registry, Struct, body
 from tests.protocol import samples
@@ -60,6 +60,8 @@ def test_numbers_are_frozen() -> None:
         7: "JobCancel",
         8: "RouteBroken",
         9: "RouteMended",
+        10: "JobCount",
+        11: "JobAlive",
     }
     names = {number: cls.__name__ for number, cls in messages.ADS.numbers().items()}
     assert names == {1: "Hello", 2: "Announce", 3: "AdAck", 4: "BookRequest", 5: "Coordinators"}
@@ -77,7 +79,33 @@ def test_numbers_are_frozen() -> None:
         10: "StageFault",
     }
     names = {number: cls.__name__ for number, cls in hold.HOLD.numbers().items()}
-    assert names == {1: "Hello", 2: "HoldShard", 3: "HoldProgress", 4: "ShardHeld", 5: "HoldRefused", 6: "DropShard"}
+    assert names == {
+        1: "Hello",
+        2: "HoldShard",
+        3: "HoldProgress",
+        4: "ShardHeld",
+        5: "HoldRefused",
+        6: "DropShard",
+        7: "SetAsk",
+        8: "AskSet",
+    }
+    names = {number: cls.__name__ for number, cls in direct.SETTLE.numbers().items()}
+    assert names == {1: "Hello", 2: "Claim", 3: "ClaimAnswer"}
+    names = {number: cls.__name__ for number, cls in direct.DESK.numbers().items()}
+    assert names == {
+        1: "Hello",
+        2: "TicketWanted",
+        3: "TicketGranted",
+        4: "DeskRefused",
+        5: "PlaceFreed",
+        6: "JobSettled",
+        7: "JobDropped",
+        8: "JobBilled",
+        9: "ModelsWanted",
+        10: "Models",
+        11: "RequestWithdrawn",
+        12: "MendWanted",
+    }
 
 
 def test_a_number_is_used_once() -> None:

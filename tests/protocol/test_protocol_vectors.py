@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from privacy.keys import NodeKey
-from protocol import ads, messages, receipts, shards, tickets
+from protocol import ads, counts, messages, receipts, shards, tickets
 from protocol.book import AdHeard, Book, LostHeard, apply
 from protocol.envelope import Label, open_envelope
 from protocol.errors import Code, ConfigError, LocalProtocolError, Refused, RemoteProtocolError, SignatureError
@@ -44,7 +44,7 @@ def test_no_file_is_left_out() -> None:
     assert {path.stem for path in FILES} == CHECKS.keys() == make_vectors.ABOUT.keys()
     for path in FILES:
         expected = {vector.get("expect", "ok") for vector in json.loads(path.read_text())["vectors"]}
-        assert path.stem in ("keys", "books", "tickets", "stages") or expected >= {"ok", "refused"}, "good ones and bad ones"
+        assert path.stem in ("keys", "books", "tickets", "stages", "counts") or expected >= {"ok", "refused"}, "good ones and bad ones"
 
 
 @pytest.mark.parametrize("name", make_vectors.ABOUT)
@@ -194,6 +194,21 @@ def check_receipt(vector: Vector) -> None:
         assert plain(receipt) == vector["fields"]
 
 
+def check_count(vector: Vector) -> None:
+    sent = bytes.fromhex(vector["ticket"])
+    guard = counts.CountGuard(tickets.read_ticket(sent), sent)
+    ends = iter(vector["ends"])
+    for number, handed in enumerate(vector["handed"]):
+        while guard.sent_tokens < handed["sent"]:
+            tokens = next(ends)
+            guard.sent(tokens, hashlib.sha256(pack_tokens(list(range(tokens)))).digest())
+        data, before = bytes.fromhex(handed["count"]), guard.count
+        read(handed, guard.hear, "count")
+        assert guard.count == (data if handed["expect"] == "ok" else before)
+        if not number and "fields" in vector:
+            assert plain(counts.read_count(data)) == vector["fields"]
+
+
 def check_job(vector: Vector) -> None:
     """Every message but the wrong one passes both ends; the wrong one is refused by the end that says it and the one that hears it."""
     ends = {side: JobStreams(side) for side in Side}
@@ -239,6 +254,10 @@ def _job_message(said: Vector) -> Any:
             return messages.RouteBroken(job, 0, 1, Code.LINK_LOST, "")
         case "RouteMended":
             return messages.RouteMended(job, b"ticket")
+        case "JobCount":
+            return messages.JobCount(job, b"count")
+        case "JobAlive":
+            return messages.JobAlive(job)
     raise AssertionError(said)
 
 
@@ -272,6 +291,7 @@ CHECKS: dict[str, Callable[[Vector], None]] = {
     "stages": check_stage,
     "manifests": check_manifest,
     "receipts": check_receipt,
+    "counts": check_count,
     "jobs": check_job,
     "prices": check_price,
     "generations": check_generation,

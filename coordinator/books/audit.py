@@ -1,0 +1,129 @@
+"""Whether the books add up. Each check is one question that no healthy database has an answer to; whatever it answers is a complaint.
+
+Run it on one moment of the books (``Database.snapshot``). The questions read whole tables, so an audit of millions of transfers takes
+seconds, and nobody who writes waits for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sqlalchemy as sql
+
+SHOWN_MAX = 10  # rows of one check that are named
+_ENDED = "'succeeded', 'failed', 'cancelled'"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """``query`` gives rows whose columns stand in ``says``."""
+
+    says: str
+    query: str
+
+
+def _differing(key: str, left: str, right: str) -> str:
+    """Rows of ``left`` and ``right``, (key, amount) each, that do not add up to the same for each key; either may lack keys."""
+    sides = f"SELECT {key}, amount AS a, 0 AS b FROM ({left}) AS l UNION ALL SELECT {key}, 0 AS a, amount AS b FROM ({right}) AS r"
+    return f"SELECT {key}, SUM(a) AS a, SUM(b) AS b FROM ({sides}) AS sides GROUP BY {key} HAVING SUM(a) <> SUM(b)"
+
+
+_CHARGES = "SELECT reference AS id, amount FROM transfers WHERE kind = 'charge'"
+
+CHECKS = (
+    Check(
+        "all balances together are {total} micro-credits instead of 0",
+        "SELECT total FROM (SELECT SUM(posted) AS total FROM balances) AS s WHERE total <> 0",
+    ),
+    Check(
+        "the balance of {account} is {a} micro-credits, its transfers add up to {b}",
+        _differing(
+            "account",
+            "SELECT account, posted AS amount FROM balances",
+            "SELECT credit AS account, amount FROM transfers UNION ALL SELECT debit AS account, -amount AS amount FROM transfers",
+        ),
+    ),
+    Check(
+        "{account} has {a} micro-credits held, its pending holds add up to {b}",
+        _differing(
+            "account",
+            "SELECT account, held AS amount FROM balances",
+            "SELECT account, amount FROM holds WHERE state = 'pending'",
+        ),
+    ),
+    Check(
+        "{account} is below zero: {posted} micro-credits posted, {held} held",
+        "SELECT account, posted, held FROM balances WHERE held < 0 OR (posted < held AND account NOT LIKE 'system:%')",
+    ),
+    Check(
+        "transfer {id} moves {amount} micro-credits from {debit} to {credit}, which is no transfer",
+        "SELECT id, amount, debit, credit FROM transfers WHERE amount <= 0 OR debit = credit",
+    ),
+    Check(
+        "hold {id} was posted with {a} micro-credits, its charges add up to {b}",
+        # what is claimed for a ticket beyond what was reported is paid without its hold
+        _differing(
+            "id",
+            "SELECT id, posted AS amount FROM holds WHERE state = 'posted'",
+            f"{_CHARGES} AND transfers.id NOT LIKE '%.late%'",
+        ),
+    ),
+    Check(
+        "ticket {id} was paid {a} micro-credits, its charges add up to {b}",
+        _differing(
+            "id", "SELECT id, paid_micros AS amount FROM tickets", f"{_CHARGES} AND reference IN (SELECT id FROM tickets)"
+        ),
+    ),
+    Check(
+        "ticket {id} is {state}, its hold is {hold}",
+        "SELECT k.id, k.state, COALESCE(h.state, 'missing') AS hold FROM tickets k LEFT JOIN holds h ON h.id = k.id "
+        "WHERE h.state IS NULL OR (k.state = 'open') <> (h.state = 'pending')",
+    ),
+    Check(
+        "hold {id} is {state}, of {amount} micro-credits, and {posted} of them are posted",
+        "SELECT id, state, amount, posted FROM holds WHERE posted < 0 OR posted > amount OR (state <> 'posted' AND posted <> 0)",
+    ),
+    Check(
+        "charge {id} was taken from {debit}, its hold is of {account}",
+        "SELECT t.id, t.debit, h.account FROM transfers t JOIN holds h ON h.id = t.reference "
+        "WHERE t.kind = 'charge' AND t.debit <> h.account",
+    ),
+    Check(
+        "{debit} was given back {back} micro-credits for {id}, and was charged {charged}",
+        "SELECT id, debit, SUM(back) AS back, SUM(charged) AS charged FROM ("
+        "SELECT reference AS id, credit AS debit, amount AS back, 0 AS charged FROM transfers WHERE kind = 'refund' "
+        "UNION ALL SELECT reference AS id, debit, 0 AS back, amount AS charged FROM transfers WHERE kind = 'charge'"
+        ") AS sides GROUP BY id, debit HAVING SUM(back) > SUM(charged)",
+    ),
+    Check(
+        "job {id} is {state}, its hold is {hold}",
+        "SELECT j.id, j.state, COALESCE(h.state, 'missing') AS hold FROM jobs j LEFT JOIN holds h ON h.id = j.id "
+        # one whose tokens the Consumer takes himself has holds by its tickets
+        f"WHERE j.holder = '' AND (h.state IS NULL OR (j.state IN ({_ENDED})) = (h.state = 'pending'))",
+    ),
+    Check(
+        "job {id} cost {a} micro-credits, what its holds were posted with and its tickets paid is {b}",
+        _differing(
+            "id",
+            "SELECT id, price_micros AS amount FROM jobs",
+            "SELECT j.id, h.posted AS amount FROM jobs j JOIN holds h ON h.id = j.id "
+            "UNION ALL SELECT job_id AS id, paid_micros AS amount FROM tickets",
+        ),
+    ),
+    Check(
+        "job {id} is of account {job_account}, its hold of {hold_account}",
+        "SELECT j.id, j.account AS job_account, h.account AS hold_account FROM jobs j JOIN holds h ON h.id = j.id "
+        "WHERE h.account <> 'user:' || j.account",
+    ),
+)
+
+
+def audit(connection: sql.Connection) -> list[str]:
+    """What does not add up, in sentences; nothing where all is well. A check that finds much names the first ``SHOWN_MAX`` rows."""
+    complaints = []
+    for check in CHECKS:
+        rows = connection.execute(sql.text(f"{check.query} LIMIT {SHOWN_MAX + 1}")).mappings().all()
+        complaints += [check.says.format(**row) for row in rows[:SHOWN_MAX]]
+        if len(rows) > SHOWN_MAX:
+            complaints.append(f"… and more like the last {SHOWN_MAX}")
+    return complaints

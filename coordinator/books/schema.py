@@ -1,0 +1,290 @@
+"""The tables as this version has them. What made them so, step by step, is in migrations/.
+
+Money is in BIGINT micro-credits, time in Unix milliseconds. CHECK constraints say again, in the database's own words, what the ledger
+promises: no user's balance below zero, no hold posted for more than it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sql
+
+from coordinator.books.accounts import ACCOUNTS, ISLANDS, KARMA_EVENTS, PUBLISHERS
+from coordinator.books.direct import TICKETS
+from coordinator.books.jobs import JOBS, RECEIPTS, REQUESTS
+from coordinator.books.ledger import BALANCES, HOLDS, TRANSFERS
+from coordinator.books.rows import Kind
+from protocol import limits
+
+NAME = sql.String(limits.NAME_CHARS_MAX)
+LEDGER_NAME = sql.String(limits.NAME_CHARS_MAX + 16)
+KEYED = sql.String(2 * limits.NAME_CHARS_MAX + 64)
+
+metadata = sql.MetaData()
+# Small rows lie in the index of their key itself, so a change dirties one page less (SQLite's WITHOUT ROWID).
+CLUSTERED: dict[str, Any] = {"sqlite_with_rowid": False}
+
+
+def _text(name: str, kind: sql.String = NAME, **more: object) -> sql.Column[str]:
+    return sql.Column(name, kind, nullable=False, **more)  # type: ignore[arg-type]
+
+
+def _int(name: str) -> sql.Column[int]:
+    return sql.Column(name, sql.BigInteger, nullable=False)
+
+
+def _flag(name: str) -> sql.Column[bool]:
+    return sql.Column(name, sql.Boolean, nullable=False)
+
+
+accounts = sql.Table(
+    "accounts",
+    metadata,
+    _text("name", primary_key=True),
+    _int("created_at_ms"),
+    _int("rate_limit_per_minute"),
+    _int("refilled_day"),
+    **CLUSTERED,
+)
+
+api_keys = sql.Table(
+    "api_keys",
+    metadata,
+    sql.Column("id", sql.Integer, primary_key=True),
+    sql.Column("hash", sql.String(64), nullable=False, unique=True),
+    sql.Column("hint", sql.String(12), nullable=False),  # the key's first characters, to tell keys apart in a list
+    _text("account"),
+    sql.Column("scopes", sql.String(64), nullable=False),
+    sql.Column("rate_limit_per_minute", sql.Integer, nullable=False),  # 0: none
+    _int("created_at_ms"),
+    sql.Column("revoked_at_ms", sql.BigInteger, nullable=True),  # may lie ahead: a key that was rotated out
+    sql.Column("name", NAME, nullable=False, server_default=""),
+    sql.Column("last_used_at_ms", sql.BigInteger, nullable=True),
+)
+
+balances = sql.Table(
+    "balances",
+    metadata,
+    _text("account", LEDGER_NAME, primary_key=True),
+    _int("posted"),
+    _int("held"),
+    _flag("overdraft"),
+    sql.CheckConstraint("held >= 0 AND (overdraft OR posted >= held)", name="no_balance_below_zero"),
+    **CLUSTERED,
+)
+
+transfers = sql.Table(
+    "transfers",
+    metadata,
+    _text("id", KEYED, primary_key=True),
+    _text("debit", LEDGER_NAME),
+    _text("credit", LEDGER_NAME),
+    _int("amount"),
+    _text("kind", sql.String(16)),
+    _text("reference", KEYED),
+    _int("at_ms"),
+    sql.CheckConstraint("amount > 0 AND debit <> credit", name="a_transfer_moves_something"),
+    **CLUSTERED,
+)
+sql.Index("transfers_of_debit", transfers.c.debit, transfers.c.at_ms)
+sql.Index("transfers_of_credit", transfers.c.credit, transfers.c.at_ms)
+
+holds = sql.Table(
+    "holds",
+    metadata,
+    _text("id", KEYED, primary_key=True),
+    _text("account", LEDGER_NAME),
+    _int("amount"),
+    _int("posted"),
+    _text("state", sql.String(16)),
+    _int("created_at_ms"),
+    _int("expires_at_ms"),
+    sql.CheckConstraint("posted >= 0 AND posted <= amount", name="posted_at_most_what_is_held"),
+    **CLUSTERED,
+)
+
+islands = sql.Table(
+    "islands",
+    metadata,
+    _text("peer", primary_key=True),
+    _text("account"),
+    _flag("approved"),
+    _int("karma_milli"),
+    _int("pending_ms"),
+    _int("compute_ms"),
+    _int("jobs_done"),
+    _int("jobs_failed"),
+    _int("first_seen_ms"),
+    _int("earned_micros"),
+    **CLUSTERED,
+)
+sql.Index("islands_of_account", islands.c.account)
+
+karma_events = sql.Table(
+    "karma_events",
+    metadata,
+    _text("id", KEYED, primary_key=True),
+    _text("peer"),
+    _text("kind", sql.String(16)),
+    _int("delta_milli"),
+    _int("balance_milli"),
+    _text("job_id", KEYED),
+    _int("at_ms"),
+    **CLUSTERED,
+)
+sql.Index("karma_events_of_peer", karma_events.c.peer, karma_events.c.at_ms)
+
+publishers = sql.Table(
+    "publishers", metadata, _text("cargo", primary_key=True), _text("account"), _int("share_ppm"), **CLUSTERED
+)
+
+jobs = sql.Table(
+    "jobs",
+    metadata,
+    _text("id", KEYED, primary_key=True),
+    _text("account"),
+    _text("cargo"),
+    _text("kind", sql.String(16)),
+    _text("state", sql.String(16)),
+    _int("priority"),
+    _int("bid_micros"),
+    _text("bid_source", sql.String(16)),
+    _text("owner"),
+    _int("owner_boot"),
+    _int("created_at_ms"),
+    _text("policy", sql.String(limits.TEXT_CHARS_MAX)),
+    _text("quote_id"),
+    _text("holder"),
+    _text("fingerprint", sql.String(64)),
+    _flag("can_rerun"),
+    _flag("cancel_wanted"),
+    _int("tries"),
+    _int("price_micros"),
+    _text("island"),
+    _text("region"),
+    _int("ask_per_job"),
+    _int("ask_per_1k_output"),
+    _int("ask_per_second"),
+    _int("started_at_ms"),
+    _int("finished_at_ms"),
+    _int("prompt_tokens"),
+    _int("completion_tokens"),
+    _int("compute_ms"),
+    _text("error_code", sql.String(64)),
+    _text("error_message", sql.String(limits.TEXT_CHARS_MAX)),
+    _text("placement", sql.Text()),
+    sql.Column("input", sql.LargeBinary, nullable=False),
+    sql.Column("output", sql.LargeBinary, nullable=False),
+    _int("result_expires_at_ms"),
+)
+sql.Index("jobs_of_account", jobs.c.account, jobs.c.created_at_ms)
+# Partial: an ended job costs these nothing.
+_OPEN = jobs.c.state.in_(("submitted", "assigned", "running"))
+sql.Index("jobs_open", jobs.c.owner, jobs.c.owner_boot, sqlite_where=_OPEN, postgresql_where=_OPEN)
+_KEPT = jobs.c.result_expires_at_ms > 0
+sql.Index("jobs_kept", jobs.c.result_expires_at_ms, sqlite_where=_KEPT, postgresql_where=_KEPT)
+sql.Index("jobs_cleared", jobs.c.finished_at_ms)
+
+requests = sql.Table(
+    "requests",
+    metadata,
+    _text("id", KEYED, primary_key=True),
+    _text("fingerprint", sql.String(64)),
+    _text("job_id", KEYED),
+    _int("expires_at_ms"),
+    **CLUSTERED,
+)
+
+receipts = sql.Table(
+    "receipts",
+    metadata,
+    _text("id", KEYED, primary_key=True),
+    _text("job_id", KEYED),
+    _text("island"),
+    sql.Column("envelope", sql.LargeBinary, nullable=False),
+    _int("paid_micros"),
+    _int("at_ms"),
+    **CLUSTERED,
+)
+
+tickets = sql.Table(
+    "tickets",
+    metadata,
+    _text("id", KEYED, primary_key=True),
+    _text("job_id", KEYED),
+    _text("account"),
+    _text("cargo"),
+    _text("island"),
+    _int("ask_per_job"),
+    _int("ask_per_1k_output"),
+    _int("ask_per_second"),
+    _int("limit_micros"),
+    _text("state", sql.String(16)),
+    _int("paid_micros"),
+    _int("paid_tokens"),
+    _int("issued_at_ms"),
+    **CLUSTERED,
+)
+sql.Index("tickets_of_job", tickets.c.job_id)
+_STANDING = tickets.c.state == "open"
+sql.Index("tickets_open", tickets.c.issued_at_ms, sqlite_where=_STANDING, postgresql_where=_STANDING)
+
+bids = sql.Table(
+    "bids",
+    metadata,
+    _text("account", primary_key=True),
+    _text("cargo", primary_key=True),
+    _int("micros"),
+    _int("set_at_ms"),
+    **CLUSTERED,
+)
+
+quotes = sql.Table(
+    "quotes",
+    metadata,
+    _text("id", primary_key=True),
+    _text("account"),
+    _text("body", sql.Text()),
+    _int("expires_at_ms"),
+)
+
+market_snapshots = sql.Table(
+    "market_snapshots",
+    metadata,
+    _text("cargo", primary_key=True),
+    sql.Column("at_ms", sql.BigInteger, primary_key=True),
+    _text("body", sql.Text()),
+    **CLUSTERED,
+)
+
+coordinators = sql.Table(
+    "coordinators",
+    metadata,
+    _text("peer", primary_key=True),
+    _int("boot"),
+    _int("seen_at_ms"),
+    _text("url", sql.String(limits.TEXT_CHARS_MAX)),
+    **CLUSTERED,
+)
+
+# One row: whose rows in memory are still those of the database (PostgreSQL; see database.Turns).
+writer_turns = sql.Table("writer_turns", metadata, _text("name", sql.String(16), primary_key=True), _text("owner", sql.String(64)))
+
+# One row: whose books these are (presence.py).
+networks = sql.Table("networks", metadata, _text("id", primary_key=True), _text("salt_print", sql.String(64)))
+
+KINDS: tuple[Kind[Any], ...] = (
+    ACCOUNTS,
+    BALANCES,
+    TRANSFERS,
+    HOLDS,
+    ISLANDS,
+    KARMA_EVENTS,
+    PUBLISHERS,
+    JOBS,
+    REQUESTS,
+    RECEIPTS,
+    TICKETS,
+)
+TABLES: dict[str, sql.Table] = {kind.name: metadata.tables[kind.name] for kind in KINDS}

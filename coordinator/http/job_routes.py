@@ -1,0 +1,316 @@
+"""``/api/v1/jobs``: work that is submitted, runs by itself, and is looked at when the client likes; chats are listed here too."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from aiohttp import web
+
+from coordinator.books import job_queries
+from coordinator.books.jobs import ENDED, Job, JobState
+from coordinator.desk import Order
+from coordinator.exchange.bids import Work
+from coordinator.http import schema
+from coordinator.http.answers import to_json
+from coordinator.http.bridge import Bridge
+from coordinator.http.errors import ApiError, bad_request
+from coordinator.http.sse import HEADERS, KEEP_ALIVE
+from coordinator.http.terms import Terms, need_cargo, read_terms
+from coordinator.job_board import JobBoard, JobEvent
+from coordinator.jobs import JobSpec, Text
+from coordinator.matching import declared_tokens
+from protocol import limits
+from protocol.generation import GENERATION, GenerationRequest
+from protocol.prices import format_credits
+
+Admit = Callable[[web.Request, str], Awaitable[str]]
+
+_LIST_DEFAULT = 20
+_OFFSET_MAX = 1_000_000_000
+_KIND = "job"
+PATIENCE_SHARE = 0.95
+
+
+class JobRoutes:
+    """``salt(account)`` is the account's cache salt; ``secret`` keys fingerprints; ``keep_s`` is how long results are kept."""
+
+    def __init__(
+        self,
+        admit: Admit,
+        bridge: Bridge,
+        board: JobBoard,
+        salt: Callable[[str], bytes],
+        secret: bytes,
+        keep_s: float,
+        job_timeout_s: float,
+        keep_alive_s: float,
+        draining: Callable[[], bool],
+    ) -> None:
+        self._admit, self._bridge, self._board, self._salt, self._secret = admit, bridge, board, salt, secret
+        self._keep_s, self._job_timeout_s, self._keep_alive_s, self._draining = keep_s, job_timeout_s, keep_alive_s, draining
+
+    def routes(self, prefix: str) -> list[web.AbstractRouteDef]:
+        jobs, one = f"{prefix}/jobs", prefix + "/jobs/{id}"
+        return [
+            web.post(jobs, self.submit),
+            web.get(jobs, self.list),
+            web.get(one, self.get),
+            web.delete(one, self.cancel),
+            web.get(one + "/output", self.output),
+            web.get(one + "/stream", self.stream),
+            web.get(one + "/placement", self.placement),
+            web.get(one + "/receipts", self.receipts),
+        ]
+
+    async def submit(self, request: web.Request) -> web.StreamResponse:
+        account = await self._admit(request, "write")
+        if self._draining():
+            raise ApiError(503, "the Coordinator is shutting down", code="draining", kind="server_error", headers={"Retry-After": "2"})
+        raw = await request.read()
+        body = schema.parse_json(raw)
+        cargo, generation = parse_job(body)
+        terms = read_terms(request, raw, body, account, self._secret)
+        order = job_order(
+            secrets.token_hex(12), cargo, generation, terms, account, self._salt(account), self._keep_s, self._job_timeout_s
+        )
+        job = await self._bridge.call(self._board.submit, order)
+        headers = {"Location": f"/api/v1/jobs/{job.id}", "x-archipelag-job": job.id}
+        if job.id != order.spec.job_id:
+            headers["x-archipelag-replayed"] = "true"
+        return _json(job_json(job), status=201, headers=headers)
+
+    async def list(self, request: web.Request) -> web.StreamResponse:
+        account = await self._admit(request, "read")
+        limit = _number(request, "limit", _LIST_DEFAULT, 1, limits.JOBS_LISTED_MAX)
+        offset = _number(request, "offset", 0, 0, _OFFSET_MAX)
+        states = _states(request.query.get("status") or request.query.get("state"))
+        cargo = request.query.get("cargo", "")
+        if not cargo.isprintable():
+            raise bad_request("cargo is the name of a Cargo", "cargo")
+        jobs, total = await self._bridge.call(self._board.ask, job_queries.jobs_of, account, limit, offset, states, cargo)
+        meta = {"total": total, "limit": limit, "offset": offset}
+        return _json({"data": [job_json(job) for job in jobs], "meta": meta})
+
+    async def get(self, request: web.Request) -> web.StreamResponse:
+        return _json(job_json(await self._find(request)))
+
+    async def cancel(self, request: web.Request) -> web.StreamResponse:
+        account = await self._admit(request, "write")
+        job = await self._bridge.call(self._board.cancel, _id(request), account)
+        texts = {
+            JobState.CANCELLED: "the job was cancelled",
+            JobState.SUCCEEDED: "the job had ended before",
+            JobState.FAILED: "the job had failed before",
+        }
+        message = texts.get(job.state, "the Coordinator that runs the job was told to cancel it")
+        return _json({"id": job.id, "state": job.state.value, "message": message, "price": format_credits(job.price_micros)})
+
+    async def output(self, request: web.Request) -> web.StreamResponse:
+        job = await self._find(request)
+        text = await self._bridge.call(self._board.answer, job)
+        if job.state is JobState.SUCCEEDED and text is None:
+            raise ApiError(410, "the output of this job is not kept any more", code="output_expired")
+        output = {"text": text, "usage": _usage(job)} if text is not None else None
+        return _json({"job_id": job.id, "state": job.state.value, "output": output, "completed": job.ended, "error": _error(job)})
+
+    async def placement(self, request: web.Request) -> web.StreamResponse:
+        """Why this Island?"""
+        job = await self._find(request)
+        why = json.loads(job.placement) if job.placement else None
+        return _json({"job_id": job.id, "island": job.island or None, "region": job.region or None, "placement": why})
+
+    async def receipts(self, request: web.Request) -> web.StreamResponse:
+        job = await self._find(request)
+        rows = await self._bridge.call(self._board.ask, job_queries.receipts_of, job.id)
+        data = [
+            {"island": island, "receipt": envelope.hex(), "paid": format_credits(paid)} for island, envelope, paid in rows
+        ]
+        return _json({"job_id": job.id, "price": format_credits(job.price_micros), "data": data})
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        """SSE from the job's beginning to its end, for any number of watchers."""
+        account = await self._admit(request, "read")
+        job = await self._bridge.call(self._board.find, _id(request), account)
+
+        async def watch(send: Callable[[JobEvent], Awaitable[None]]) -> None:
+            async for said in self._board.watch(job.id, account):
+                await send(said)
+
+        events = self._bridge.stream(watch)
+        response = web.StreamResponse(headers={**HEADERS, "x-archipelag-job": job.id})
+        try:
+            await response.prepare(request)
+            while not events.ended:
+                timer = asyncio.get_running_loop().call_later(self._keep_alive_s, events.nudge)
+                try:
+                    said = await events.take()
+                finally:
+                    timer.cancel()
+                await response.write(b"".join(map(sse, said)) or (b"" if events.ended else KEEP_ALIVE))
+            await response.write_eof()
+        finally:
+            events.close()
+        return response
+
+    async def _find(self, request: web.Request) -> Job:
+        account = await self._admit(request, "read")
+        return await self._bridge.call(self._board.find, _id(request), account)
+
+
+def parse_job(body: dict[str, Any]) -> tuple[str, GenerationRequest]:
+    """Cargo and input of ``POST /api/v1/jobs``. ``workload`` means the same as ``cargo``. Raises ApiError 400."""
+    cargo, given = body.get("cargo"), body.get("input")
+    cargo = body.get("workload") if cargo is None else cargo
+    if not isinstance(cargo, str) or not cargo:
+        raise bad_request("you must provide cargo, the name of what is to run", "cargo", "missing_required_parameter")
+    if not isinstance(given, dict):
+        raise bad_request("you must provide input, an object with messages or prompt", "input", "missing_required_parameter")
+    need_cargo(cargo, "cargo")
+    if _json_bytes(given) > limits.JOB_INPUT_JSON_BYTES_MAX:
+        raise bad_request(f"input is over {limits.JOB_INPUT_JSON_BYTES_MAX} bytes", "input", "input_too_large")
+    if given.get("messages") is not None and given.get("prompt") is not None:
+        raise bad_request("input takes messages or prompt, not both", "input")
+    inner = {name: value for name, value in given.items() if name not in ("stream", "stream_options", "model")}
+    parse = schema.parse_chat if given.get("messages") is not None else schema.parse_completion
+    api = parse({**inner, "model": cargo}, secrets.randbits(63))
+    if len(api.choices) != 1:
+        raise bad_request("a job has one prompt and one answer: leave n at 1", "input")
+    return cargo, api.choices[0]
+
+
+def _json_bytes(given: dict[str, Any]) -> int:
+    """Size of an input as compact JSON. JSON may hold half a surrogate pair, which has no UTF-8; what is wrong with it is said later."""
+    try:
+        return len(json.dumps(given, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass"))
+    except RecursionError:
+        raise bad_request("input is nested too deeply", "input") from None
+
+
+def job_order(
+    job_id: str,
+    cargo: str,
+    generation: GenerationRequest,
+    terms: Terms,
+    account: str,
+    salt: bytes,
+    keep_s: float,
+    job_timeout_s: float,
+) -> Order:
+    """A submitted job as the desk takes it: it waits for an Island nearly as long as it may run, so that it can say what it waited for."""
+    spec = JobSpec(
+        job_id,
+        cargo,
+        salt,
+        (generation,),
+        account=account,
+        policy=terms.policy,
+        priority=terms.priority,
+        patience_s=PATIENCE_SHARE * job_timeout_s,
+    )
+    return Order(
+        spec=spec,
+        work=Work(declared_tokens(generation.input_chars, 0), generation.max_tokens, job_s_max=job_timeout_s),
+        kind=_KIND,
+        bid_micros=terms.bid_micros,
+        quote_id=terms.quote_id,
+        policy_text=terms.policy_text,
+        keep_s=keep_s,
+        idempotency_key=terms.idempotency_key,
+        fingerprint=terms.fingerprint,
+        is_retry=terms.is_retry,
+        input=GENERATION.encode(generation),
+    )
+
+
+def job_json(job: Job) -> dict[str, Any]:
+    """A job as its account sees it; without its output, which has an address of its own."""
+    return {
+        "id": job.id,
+        "object": "job",
+        "kind": job.kind,
+        "cargo": job.cargo,
+        "state": job.state.value,
+        "priority": job.priority,
+        "policy": json.loads(job.policy) if job.policy else None,
+        "bid_price": format_credits(job.bid_micros),
+        "bid_source": job.bid_source,
+        "price": format_credits(job.price_micros) if job.ended else None,
+        "island": job.island or None,
+        "region": job.region or None,
+        "tries": job.tries,
+        "usage": _usage(job) if job.ended else None,
+        "error": _error(job),
+        "created_at": _time(job.created_at_ms),
+        "started_at": _time(job.started_at_ms),
+        "completed_at": _time(job.finished_at_ms),
+        "output_until": _time(job.result_expires_at_ms),
+    }
+
+
+def sse(said: JobEvent) -> bytes:
+    """One event of a job's stream; ``type`` says again what ``event`` does, for clients that only read data."""
+    if isinstance(said, Text):
+        return _event("chunk", content=said.text)
+    if said.state is JobState.FAILED:
+        error = {"code": said.error_code, "message": said.error_message}
+        return _event("error", state=said.state.value, error=error)
+    return _event("complete" if said.state in ENDED else "state", state=said.state.value)
+
+
+def _event(name: str, **fields: object) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), to_json({"type": name, **fields}))
+
+
+def _usage(job: Job) -> dict[str, Any]:
+    return {
+        "prompt_tokens": job.prompt_tokens,
+        "completion_tokens": job.completion_tokens,
+        "total_tokens": job.prompt_tokens + job.completion_tokens,
+        "compute_ms": job.compute_ms,
+        "credits_used": format_credits(job.price_micros),
+    }
+
+
+def _error(job: Job) -> dict[str, str] | None:
+    return {"code": job.error_code, "message": job.error_message} if job.error_code else None
+
+
+def _time(unix_ms: int) -> str | None:
+    return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(timespec="milliseconds") if unix_ms else None
+
+
+def _id(request: web.Request) -> str:
+    """Raises ApiError 404 for what is no id of a job."""
+    text = request.match_info["id"]
+    if not (text.isascii() and text.isprintable() and len(text) <= limits.NAME_CHARS_MAX):
+        raise ApiError(404, "there is no such job", code="unknown_job")
+    return text
+
+
+def _number(request: web.Request, name: str, default: int, low: int, high: int) -> int:
+    text = request.query.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) <= 10 and low <= int(text) <= high):
+        raise bad_request(f"{name} must be between {low} and {high}", name)
+    return int(text)
+
+
+def _states(text: str | None) -> tuple[JobState, ...]:
+    if not text:
+        return ()
+    try:
+        return tuple(JobState(part.strip()) for part in text.split(","))
+    except ValueError:
+        raise bad_request(f"status takes some of {', '.join(JobState)}", "status") from None
+
+
+def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(status=status, body=to_json(value), headers={"Content-Type": "application/json", **(headers or {})})
+
+

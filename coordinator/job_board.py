@@ -1,0 +1,216 @@
+"""Jobs that nobody waits for on a connection: submitted, run in the background, looked at whenever somebody asks.
+
+Theory of operation. The Coordinator that accepts a job runs it. What it says is kept in a *feed* that any number of watchers read from its
+beginning, so a watcher who comes late or loses his connection misses nothing. Another Coordinator of the same database does not have the
+feed; it watches the job's row and tells state and end. So does this one where a feed breaks off: the job was taken over, or it could not be
+settled yet. A job that is tried anew is submitted again, and its words come again from the first.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import trio
+
+from coordinator.books import job_queries
+from coordinator.books.errors import BooksRefused, BooksUnavailable, Why
+from coordinator.books.jobs import ENDED, Job, JobState, WantCancel
+from coordinator.desk import POLL_S, Desk, JobCancelled, Opened, Order, TakenOver
+from coordinator.jobs import Accepted, Event, Text
+from protocol.errors import ArchipelagError, Refused
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class StateChange:
+    """The job has entered a state; with an error where it failed."""
+
+    state: JobState
+    error_code: str = ""
+    error_message: str = ""
+
+
+JobEvent = StateChange | Text
+
+
+@dataclass(slots=True)
+class Feed:
+    """Everything that a running job has said in one try; wakes whoever waits for more."""
+
+    tries: int
+    events: list[JobEvent] = field(default_factory=list)
+    state: JobState = JobState.SUBMITTED
+    ended: bool = False
+    _more: trio.Event = field(default_factory=trio.Event)
+
+    def say(self, event: JobEvent) -> None:
+        self.events.append(event)
+        if isinstance(event, StateChange):
+            self.state = event.state
+        self._wake()
+
+    def end(self) -> None:
+        self.ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._more.set()
+        self._more = trio.Event()
+
+    async def read(self) -> AsyncIterator[JobEvent]:
+        """From the beginning to the end."""
+        seen = 0
+        while True:
+            more = self._more
+            while seen < len(self.events):
+                yield self.events[seen]
+                seen += 1
+            if self.ended:
+                return
+            if seen == len(self.events) and not more.is_set():
+                await more.wait()
+
+
+class JobBoard:
+    """Runs on trio; ``run`` owns the background tasks."""
+
+    def __init__(self, desk: Desk, restore: Callable[[Job, bytes], Order]) -> None:
+        """``restore(job, input)`` makes the order of a job again that another run of a Coordinator had accepted."""
+        self._desk, self._restore = desk, restore
+        self._feeds: dict[str, Feed] = {}
+        self._nursery: trio.Nursery | None = None
+
+    def __repr__(self) -> str:
+        return f"<JobBoard {len(self._feeds)} running>"
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def submit(self, order: Order) -> Job:
+        """Accepts a job, which then runs by itself. Gives the earlier one, as it is now, where its idempotency key was used before.
+
+        Raises BooksRefused or BooksUnavailable.
+        """
+        opened = await self._desk.open(order, waits=False)
+        if opened.earlier is None:
+            self._start(opened, order)
+        return opened.job
+
+    def resume(self, job: Job) -> bool:
+        """Runs a job again that we have taken over; False where that cannot be."""
+        try:
+            order = self._restore(job, self._desk.unseal(job.input, job.id))
+        except (ArchipelagError, ValueError) as error:
+            log.warning("job %s cannot be run again: %s", job.id, error)
+            return False
+        per_choice = job.bid_micros // len(order.spec.choices)
+        self._start(Opened(job, replace(order.spec, price_max_micros=per_choice)), order)
+        return True
+
+    def _start(self, opened: Opened, order: Order) -> None:
+        assert self._nursery is not None, "the board is not running"
+        feed = self._feeds[opened.job.id] = Feed(opened.job.tries, [StateChange(JobState.SUBMITTED)])
+        self._nursery.start_soon(self._work, opened, order, feed)
+
+    async def _work(self, opened: Opened, order: Order, feed: Feed) -> None:
+        async def emit(event: Event) -> None:
+            if isinstance(event, Accepted) and feed.state is JobState.SUBMITTED:
+                feed.say(StateChange(JobState.ASSIGNED))
+            elif isinstance(event, Text):
+                if feed.state is not JobState.RUNNING:
+                    feed.say(StateChange(JobState.RUNNING))
+                feed.say(event)
+
+        try:
+            job = await self._desk.perform(opened, order, emit)
+            feed.say(StateChange(job.state))
+        except JobCancelled as refusal:
+            feed.say(StateChange(JobState.CANCELLED, refusal.code.value, refusal.message))
+        except TakenOver:
+            log.info("job %s goes on elsewhere", opened.job.id)
+        except Refused as refusal:
+            feed.say(StateChange(JobState.FAILED, refusal.code.value, refusal.message))
+        except (BooksRefused, BooksUnavailable) as error:
+            # the row stays open; upkeep takes it up again when the books can be written
+            log.warning("job %s was not settled: %s", opened.job.id, error)
+        except Exception as error:  # a bug ends this try of this job, and nobody else's
+            trace = "".join(traceback.format_tb(error.__traceback__))  # no message: a foreign error's may quote the input
+            log.error("job %s: %s\n%s", opened.job.id, type(error).__name__, trace)
+        finally:
+            feed.end()
+            del self._feeds[opened.job.id]
+
+    async def watch(self, job_id: str, account: str) -> AsyncIterator[JobEvent]:
+        """What a job says, from its beginning to its end. Raises BooksRefused(NO_JOB)."""
+        job = await self.find(job_id, account)
+        feed = self._feeds.get(job_id)
+        state, tries = None, job.tries
+        if feed is not None:
+            async for event in feed.read():
+                yield event
+            if feed.state in ENDED:
+                return
+            state, tries, job = feed.state, feed.tries, await self._again(job)
+        while True:
+            if job.tries != tries and state is not JobState.SUBMITTED:
+                state = JobState.SUBMITTED
+                yield StateChange(state)
+            tries = job.tries
+            if job.ended:
+                break
+            if job.state is not state:
+                state = job.state
+                yield StateChange(state)
+            await trio.sleep(POLL_S)
+            job = await self._again(job)
+        if feed is None or job.tries != feed.tries:
+            for text in self.texts(job):
+                yield text
+        yield StateChange(job.state, job.error_code, job.error_message)
+
+    async def _again(self, job: Job) -> Job:
+        """As it is now, or as it was where the books are away: whoever watches has time."""
+        try:
+            return await self.find(job.id, job.account)
+        except BooksUnavailable as error:
+            log.debug("job %s cannot be looked at: %s", job.id, error)
+            return job
+
+    async def find(self, job_id: str, account: str) -> Job:
+        """Raises BooksRefused(NO_JOB)."""
+        job = await self._desk.books.ask(job_queries.job_of, job_id, account)
+        if job is None:
+            raise BooksRefused(Why.NO_JOB, "there is no such job")
+        return job
+
+    async def ask(self, question: Callable[..., T], *arguments: Any) -> T:
+        """A question to the books. Raises BooksUnavailable."""
+        return await self._desk.books.ask(question, *arguments)
+
+    def texts(self, job: Job) -> list[Text]:
+        """The kept answer, one text a choice; none where it has been forgotten."""
+        return [event for event in self._desk.kept(job) or () if isinstance(event, Text)]
+
+    async def answer(self, job: Job) -> str | None:
+        """All of the kept answer; None where none is kept."""
+        events = self._desk.kept(job)
+        return "".join(event.text for event in events if isinstance(event, Text)) if events is not None else None
+
+    async def cancel(self, job_id: str, account: str) -> Job:
+        """Ends a job, here or at the Coordinator that runs it; gives it as it is then. Raises BooksRefused(NO_JOB)."""
+        job = await self._desk.books.do(WantCancel(job_id, account))
+        live = self._desk.live.get(job_id)
+        if live is not None:
+            self._desk.cancel(job_id)
+            await live.ended.wait()
+            job = await self.find(job_id, account)
+        return job
