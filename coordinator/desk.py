@@ -1,9 +1,10 @@
 """The desk: every request comes here, gets a bid, a hold and a job in the books, runs, and is paid for.
 
-Theory of operation. ``open`` writes the job and reserves the most that it may cost; ``perform`` runs it and settles it. The last result of
-a job is told only after it is paid for, so the answer's last byte never leaves before the charge is on disk. However a job ends, its hold
-resolves once: a success pays the Islands' receipts, as far as our own count, the ask that the job was placed at and the limit bear them
-out; a Consumer who leaves a stream pays what was delivered; a failure costs nothing.
+Theory of operation. ``open`` writes the job and reserves the most that it may cost; ``perform`` runs it and settles it. Where the account
+is known to have many times the bid, an Island may begin while that is written; nothing it says is told before the hold is on disk. The
+last result of a job is told only after it is paid for, so the answer's last byte never leaves before the charge is on disk. However a job
+ends, its hold resolves once: a success pays the Islands' receipts, as far as our own count, the ask that the job was placed at and the
+limit bear them out; a Consumer who leaves a stream pays what was delivered; a failure costs nothing.
 
 Rules. A job is settled by the run of the Coordinator that owns it, and by nobody else: where the books say that it was taken over, the
 answer ends with an error instead of a second bill. A request that comes again (same idempotency key, or a client's retry of the same
@@ -25,6 +26,7 @@ from coordinator.books import job_queries
 from coordinator.books.books import Books
 from coordinator.books.errors import BooksRefused, BooksUnavailable, Why
 from coordinator.books.jobs import Earned, Job, JobState, OpenJob, Outcome, Placed, SettleJob, StartJob
+from coordinator.books.writer import Pending
 from coordinator.charging import agreed_ask, earned_of, owed_for_delivered
 from coordinator.dispatch import Dispatcher, Emit
 from coordinator.exchange.bids import Bid, Work
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 
 HOLD_SLACK_S = 3600.0  # a hold outlives the longest job by this; then nobody will settle it any more
 UNSETTLED_MAX = 10_000  # jobs that wait for the books to come back; their holds release themselves beyond that
+COVERED_TIMES = 8  # an account that has so many times a bid is trusted for the millisecond that its hold takes
 POLL_S = 0.25  # how often a job that another Coordinator runs is looked at
 
 
@@ -99,22 +102,31 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A job in the books, and the spec to run it by; or, with ``earlier``, the answer of the request's first try."""
+    """A job in the books, and the spec to run it by; or, with ``earlier``, the answer of the request's first try. ``opening``: the job is
+    on its way into the books."""
 
     job: Job
     spec: JobSpec
     quote: Quote | None = None
     earlier: tuple[Event, ...] | None = None
+    opening: Pending | None = None
 
 
 @dataclass(slots=True)
 class LiveJob:
-    """A job that this Coordinator runs now. ``is_lost``: the books say that it is another's by now."""
+    """A job that this Coordinator runs now. ``opening``: until it is in the books. ``is_lost``: they say that it is another's by now."""
 
     job: Job
+    opening: Pending | None = None
     is_lost: bool = False
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     ended: trio.Event = field(default_factory=trio.Event)
+
+    async def wait_open(self) -> None:
+        """Raises BooksRefused or BooksUnavailable where it has not come into the books."""
+        if self.opening is not None:
+            (self.job,) = await self.opening.wait()
+            self.opening = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +202,12 @@ class Desk:
         else:
             bid, floor = await self._market.bid(order.account, order.spec.cargo, order.work, order.bid_micros)
             bid_micros, source = bid.micros, bid.source.value
+        opening = self._opening(order, bid_micros, source, floor)
+        if self._may_run_meanwhile(order, bid_micros):
+            opened = self._opened(order, opening.job, quote)
+            return replace(opened, opening=self.books.begin(replace(opening, floor_micros=None)))
         while True:
-            job = await self.books.do(self._opening(order, bid_micros, source, floor))
+            job = await self.books.do(opening)
             if job.id == order.spec.job_id:
                 return self._opened(order, job, quote)
             if not waits:
@@ -202,6 +218,10 @@ class Desk:
                 return earlier
             if job.state is JobState.SUCCEEDED:
                 raise BooksRefused(Why.REUSED, "the answer to this idempotency key is not kept any more; ask again with another key")
+
+    def _may_run_meanwhile(self, order: Order, bid_micros: int) -> bool:
+        """Whether an Island may begin while the hold is written: nobody waits for the books' word, and they will hardly say no."""
+        return not (order.input or order.idempotency_key) and self.books.probably_has(order.account, COVERED_TIMES * bid_micros)
 
     async def _quote(self, order: Order) -> Quote | None:
         if not order.quote_id:
@@ -304,7 +324,7 @@ class Desk:
 
         Raises what the dispatcher raised, once the hold is released; JobCancelled, TakenOver.
         """
-        live = self.live[opened.job.id] = LiveJob(opened.job)
+        live = self.live[opened.job.id] = LiveJob(opened.job, opened.opening)
         try:
             with live.scope:
                 return await self._perform(live, opened, order, emit)
@@ -319,6 +339,7 @@ class Desk:
 
         async def keep(event: Event) -> None:
             transcript.add(event)
+            await live.wait_open()  # nothing reaches the Consumer before the hold is on disk
             if isinstance(event, ChoiceResult):
                 meter.choice(event.choice).ended_s = trio.current_time()
             if order.input and (state := _entered(event, live.job.state)) is not None:
@@ -333,8 +354,10 @@ class Desk:
         except Refused as refusal:
             await self._fail(live, meter, refusal)
             raise
-        except BaseException:
-            await self._abandon(live, opened, order, meter, transcript)
+        except BaseException as error:
+            never_opened = live.opening is not None and isinstance(error, BooksRefused | BooksUnavailable)
+            if not never_opened:  # or else there is nothing to settle
+                await self._abandon(live, opened, order, meter, transcript)
             raise
         job = await self._succeed(live, opened, order, meter, transcript)
         for event in (Settled(job.price_micros, job.placement), *last):
@@ -421,6 +444,7 @@ class Desk:
                 log.warning("job %s was not settled: %s", live.job.id, error)
 
     async def _settle(self, live: LiveJob, outcome: Outcome, earned: tuple[Earned, ...], failed: tuple[str, ...]) -> Job:
+        await live.wait_open()
         job, me = live.job, self.me
         settling = SettleJob(job.id, job.account, job.cargo, me.owner, me.boot, outcome, earned, failed)
         try:

@@ -19,6 +19,7 @@ from enum import Enum, auto
 import trio
 
 from coordinator.affinity import Affinity
+from coordinator.books.errors import BooksRefused, BooksUnavailable
 from coordinator.jobs import Accepted, ChoiceResult, Event, JobSpec, Meter, Metered, StageShare, Text
 from coordinator.logprobs import read_logprobs
 from coordinator.matching import Candidate, Wish, declared_tokens
@@ -148,6 +149,9 @@ class Dispatcher:
             raise Refused(Code.TIMEOUT, f"the job took longer than {self._job_timeout_s:g} s") from None
         except Refused as refusal:
             self.statistics.jobs_failed[refusal.code] += 1
+            raise
+        except (BooksRefused, BooksUnavailable) as error:  # said by whoever is told what happens
+            self.statistics.jobs_failed[error.why if isinstance(error, BooksRefused) else "books_unavailable"] += 1
             raise
         except ArchipelagError as error:
             self.statistics.jobs_failed[Code.INTERNAL] += 1

@@ -159,7 +159,8 @@ class JobBoard:
                 yield event
             if feed.state in ENDED:
                 return
-            state, tries, job = feed.state, feed.tries, await self._again(job)
+            state, tries = feed.state, feed.tries
+            job = await self._again(replace(job, state=state, tries=tries))
         while True:
             if job.tries != tries and state is not JobState.SUBMITTED:
                 state = JobState.SUBMITTED

@@ -179,16 +179,19 @@ class Placer:
         return entry.ad.region if entry is not None else ""
 
     def price_range(self, cargo: str, prompt_tokens: int, output_tokens: int, job_s_max: float) -> PriceRange:
-        """What Islands ask for such a job now."""
+        """What Islands ask for such a job now. The cheapest is one with a free slot, where there is one: a bid that reaches only an
+        Island that is full would wait beside idle ones."""
         facts = self._columns(cargo)
         if not len(facts):
             return PriceRange()
         chosen = facts.is_staying & facts.is_approved
-        prices = np.sort(facts.prices(prompt_tokens, output_tokens, job_s_max)[chosen])
-        slots = int(facts.slots_total[chosen].sum())
-        if not len(prices):
+        prices = facts.prices(prompt_tokens, output_tokens, job_s_max)
+        if not chosen.any():
             return PriceRange()
-        return PriceRange(int(prices[0]), int(prices[(len(prices) - 1) // 2]), slots)
+        free = chosen & (facts.slots_left > 0)
+        cheapest = int(prices[free if free.any() else chosen].min())
+        ordered = np.sort(prices[chosen])
+        return PriceRange(cheapest, int(ordered[(len(ordered) - 1) // 2]), int(facts.slots_total[chosen].sum()))
 
     def addresses_of(self, island: str) -> tuple[str, ...]:
         """Where it is reached, as its ad says; none where it is not in the book."""

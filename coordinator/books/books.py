@@ -10,8 +10,9 @@ import sqlalchemy as sql
 import trio
 
 from coordinator.books.database import Database, database_now_ms
+from coordinator.books.ledger import BALANCES, user
 from coordinator.books.rows import Operation
-from coordinator.books.writer import TrioWriter, Writer
+from coordinator.books.writer import Pending, TrioWriter, Writer
 
 T = TypeVar("T")
 
@@ -44,6 +45,15 @@ class Books:
     async def do_all(self, *operations: Operation[Any]) -> list[Any]:
         """Several changes together or none. Raises BooksRefused or BooksUnavailable."""
         return await self._trio.do_all(*operations)
+
+    def begin(self, *operations: Operation[Any]) -> Pending:
+        """Several changes together or none, under way when this returns."""
+        return self._trio.begin(*operations)
+
+    def probably_has(self, account: str, micros: int) -> bool:
+        """Whether an account had so much free when the books were written last; False where that is not known."""
+        balance = self.writer.last_known(BALANCES, user(account))
+        return balance is not None and balance.available >= micros
 
     async def ask(self, question: Callable[..., T], *arguments: Any) -> T:
         """``question(connection, *arguments)`` in a thread. Raises BooksUnavailable."""

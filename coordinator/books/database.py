@@ -12,7 +12,7 @@ import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +134,8 @@ class Turns:
     def _begin(self, connection: sql.Connection) -> bool:
         self._database.check_file()
         if self._database.is_sqlite:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-            version: object = connection.exec_driver_sql("PRAGMA data_version").scalar()
+            run_raw(connection, "BEGIN IMMEDIATE")
+            version: object = run_raw(connection, "PRAGMA data_version")
         else:
             connection.execute(sql.text("SELECT pg_advisory_xact_lock(:name)"), {"name": _WRITERS})
             version = connection.execute(_LAST_WRITER).scalar()
@@ -150,6 +150,29 @@ class Turns:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
+
+
+def run_raw(connection: sql.Connection, text: str, rows: Sequence[Any] | None = None) -> Any:
+    """Runs compiled SQL with the driver's own cursor, for each of ``rows`` or once; the first value of the answer, if there is one.
+
+    SQLAlchemy's way round a statement takes several times as long as a small statement itself, and the books run a dozen for each job.
+    Errors come as SQLAlchemy's all the same.
+    """
+    dialect = connection.dialect
+    driver = dialect.dbapi
+    assert driver is not None
+    cursor = connection.connection.cursor()
+    try:
+        if rows is not None:
+            cursor.executemany(text, rows)
+            return None
+        cursor.execute(text)
+        found = cursor.fetchone() if cursor.description else None
+        return found[0] if found is not None else None
+    except driver.Error as error:
+        raise DBAPIError.instance(text, None, error, driver.Error, dialect=dialect) from error
+    finally:
+        cursor.close()
 
 
 @contextlib.contextmanager

@@ -7,16 +7,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from enum import StrEnum
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sql
 
+from coordinator.books import database
 from coordinator.books.accounts import ACCOUNTS, ISLANDS, PUBLISHERS
 from coordinator.books.direct import TICKETS, TicketState
 from coordinator.books.jobs import JOBS
 from coordinator.books.ledger import BALANCES, HOLDS, HoldState
 from coordinator.books.rows import Kind, Operation, Rows
 from coordinator.books.schema import KINDS, TABLES
+
+R = TypeVar("R")
 
 _IN_MAX = 500  # keys of one SELECT; SQLite allows 32,766 parameters, drivers like fewer
 
@@ -96,9 +99,9 @@ class _Many:
             self._compile(connection.dialect)
         order = self._order
         if order is not None:
-            connection.exec_driver_sql(self._text, [tuple([row[index] for index in order]) for row in rows])
+            database.run_raw(connection, self._text, [tuple([row[index] for index in order]) for row in rows])
         else:
-            connection.exec_driver_sql(self._text, [dict(zip(self._names, row, strict=True)) for row in rows])
+            database.run_raw(connection, self._text, [dict(zip(self._names, row, strict=True)) for row in rows])
 
 
 class Remembered:
@@ -126,6 +129,11 @@ class Remembered:
         self.hits += 1
         rows.load(kind, key, row)
         return True
+
+    def peek(self, kind: Kind[R], key: str) -> R | None:
+        """The row where it is known; any thread may ask."""
+        row: R | None = self._rows.get((kind.name, key))
+        return row
 
     def note(self, rows: Rows) -> None:
         """After the commit: what was read and what was put."""

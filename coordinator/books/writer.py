@@ -24,15 +24,18 @@ import trio
 
 from coordinator.books.database import Database, Turns
 from coordinator.books.errors import BooksRefused, BooksUnavailable
-from coordinator.books.rows import Operation
+from coordinator.books.rows import Kind, Operation
 from coordinator.books.schema import KINDS
 from coordinator.books.stored import Loaded, Remembered, Stored
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 GROUP_MAX = 256  # units of one transaction
+CROWD_MIN = 2  # where a group had so many units, the next one waits a little for more: half the transactions for the same work
+GATHER_S = 0.002
 WAITING_MAX = 20_000  # units that may wait; past this the database is too slow for what is asked of it
 RETRY_S = 4.0  # a commit that fails is tried again for so long
 _RETRY_PAUSE_S = 0.05
@@ -93,6 +96,10 @@ class Writer:
                 return
         tell(None, refused)
 
+    def last_known(self, kind: Kind[R], key: str) -> R | None:
+        """Any thread: a row as this writer saw it last, None where it does not remember. Somebody may have changed it since: a hint."""
+        return self._remembered.peek(kind, key)
+
     def do(self, operation: Operation[T]) -> T:
         """Any thread but trio's: waits for it. Raises BooksRefused or BooksUnavailable."""
         return self.do_all(operation)[0]  # type: ignore[no-any-return]
@@ -117,13 +124,18 @@ class Writer:
             self._turns.close()
 
     def _run(self) -> None:
+        is_crowded = False
         while True:
             with self._wake:
                 while not self._queue and not self._closing:
                     self._wake.wait()
                 if not self._queue:
                     return
+            if is_crowded and not self._closing:
+                time.sleep(GATHER_S)
+            with self._wake:
                 group = [self._queue.popleft() for _ in range(min(GROUP_MAX, len(self._queue)))]
+            is_crowded = len(group) >= CROWD_MIN
             started_s = time.perf_counter()
             self._write(group, time.monotonic() + RETRY_S)
             self.statistics.busy_s += time.perf_counter() - started_s
@@ -209,6 +221,31 @@ def _telling(error: Exception) -> bool:
     return not isinstance(error, sql.exc.DBAPIError)
 
 
+class Pending:
+    """A change under way."""
+
+    def __init__(self) -> None:
+        self._done = trio.Event()
+        self._results: list[Any] = []
+        self._error: Exception | None = None
+
+    async def wait(self) -> list[Any]:
+        """What came of it, whatever else happens: whoever is cancelled meanwhile still learns it. May be asked by many, and again.
+
+        Raises BooksRefused or BooksUnavailable.
+        """
+        if not self._done.is_set():
+            with trio.CancelScope(shield=True):
+                await self._done.wait()
+        if self._error is not None:
+            raise self._error
+        return self._results
+
+    def settle(self, results: list[Any], error: Exception | None) -> None:
+        self._results, self._error = results, error
+        self._done.set()
+
+
 class TrioWriter:
     """The writer as trio tasks use it."""
 
@@ -216,34 +253,29 @@ class TrioWriter:
         self._writer = writer
         self._token = trio.lowlevel.current_trio_token()
         self._lock = threading.Lock()
-        self._told: list[tuple[trio.Event, list[Any], Any, Exception | None]] = []
+        self._told: list[tuple[Pending, list[Any], Exception | None]] = []
 
     async def do(self, operation: Operation[T]) -> T:
-        """Waits for it, whatever else happens: whoever is cancelled meanwhile still learns what became of it.
-
-        Raises BooksRefused or BooksUnavailable.
-        """
+        """Waits for it. Raises BooksRefused or BooksUnavailable."""
         return (await self.do_all(operation))[0]  # type: ignore[no-any-return]
 
     async def do_all(self, *operations: Operation[Any]) -> list[Any]:
         """Several together or none."""
-        event = trio.Event()
-        box: list[Any] = []
+        return await self.begin(*operations).wait()
+
+    def begin(self, *operations: Operation[Any]) -> Pending:
+        """Several together or none, under way when this returns."""
+        pending = Pending()
 
         def tell(results: Any, error: Exception | None) -> None:
             with self._lock:
-                self._told.append((event, box, results, error))
+                self._told.append((pending, results, error))
                 first = len(self._told) == 1
             if first:
                 self._call(self._deliver)
 
         self._writer.submit(operations, tell)
-        with trio.CancelScope(shield=True):
-            await event.wait()
-        results, error = box
-        if error is not None:
-            raise error
-        return results  # type: ignore[no-any-return]
+        return pending
 
     def _call(self, function: Callable[[], None]) -> None:
         try:
@@ -255,6 +287,5 @@ class TrioWriter:
         """One wake-up of trio for everybody who was told meanwhile."""
         with self._lock:
             told, self._told = self._told, []
-        for event, box, results, error in told:
-            box += [results, error]
-            event.set()
+        for pending, results, error in told:
+            pending.settle(results, error)

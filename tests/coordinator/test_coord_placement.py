@@ -12,7 +12,7 @@ import trio.testing
 from coordinator import placement as module
 from coordinator.columns import Columns
 from coordinator.matching import Choice, Refusal, Wish, choose
-from coordinator.placement import PRIORITY_PER_WAITED_S, ROUND_TRIPS_READ_S, NotPlaced, Placement, Placer
+from coordinator.placement import PRIORITY_PER_WAITED_S, ROUND_TRIPS_READ_S, NotPlaced, Placement, Placer, PriceRange
 from coordinator.regions import EU
 from coordinator.standing import COOLING_MIN_S, Standing
 from protocol import limits
@@ -585,3 +585,19 @@ async def test_a_pipeline_stands_in_the_order_book_under_its_last_stage() -> Non
         assert place.candidate.plan is not None and p.placer.asks("big")[0][3] == 7
         p.placer.release(place)
         assert p.placer.asks("big")[0][3] == 8
+
+
+async def test_the_cheapest_price_is_one_that_can_be_had_now() -> None:
+    cheap, middle, dear = island(1, **slots(1), ask=Ask(100)), island(2, **slots(1), ask=Ask(300)), island(3, ask=Ask(900))
+    placer, _ = placer_for(cheap, middle, dear)
+
+    def cheapest() -> int | None:
+        return placer.price_range("echo", 10, 10, 600.0).cheapest
+
+    assert placer.price_range("other", 10, 10, 600.0) == PriceRange()
+    there = placer.price_range("echo", 10, 10, 600.0)
+    assert (there.cheapest, there.median, there.slots) == (100, 300, 258)
+    held = [await placer.place(wish(price_max_micros=limit), 0, 0) for limit in (100, 300)]
+    assert cheapest() == 900  # a bid of 100 or 300 would wait beside an idle Island
+    placer.release(held[0])
+    assert cheapest() == 100

@@ -19,6 +19,11 @@ from coordinator.books import writer as books_writer
 from coordinator.books.errors import BooksUnavailable
 from coordinator.books.jobs import JobState, Outcome, SettleJob
 from coordinator.books.ledger import escrow
+from coordinator.http.app import order_of
+from coordinator.http.schema import parse_chat
+from coordinator.http.terms import Terms
+from coordinator.keys import ACCOUNT_DEFAULT
+from privacy.keys import cache_salt
 from protocol.prices import Ask
 from tests.coordinator.clients import HELLO, http
 from tests.coordinator.desks import (
@@ -26,6 +31,7 @@ from tests.coordinator.desks import (
     CHAT,
     CREDIT,
     JOBS,
+    SALT,
     TEXT,
     balance,
     chat,
@@ -78,14 +84,14 @@ async def locked(running: Running) -> AsyncIterator[None]:
 
 @contextmanager
 def each_connection(running: Running, begin: str, end: str) -> Iterator[None]:
-    """Whatever the Coordinator begins to write finds its connection in that state."""
+    """Every connection that the Coordinator takes finds itself in that state."""
     engine, now = running.server.books.database.engine, begin
 
-    def before(_connection: Any, cursor: Any, statement: str, *_more: object) -> None:
-        if statement == "BEGIN IMMEDIATE":
-            cursor.execute(now)
+    def on_checkout(connection: Any, _record: object, _proxy: object) -> None:
+        connection.execute(now)
 
-    sql.event.listen(engine, "before_cursor_execute", before)
+    sql.event.listen(engine, "checkout", on_checkout)
+    running.server.books.writer._turns.close()  # the writer keeps one; after a failure it takes another by itself
     yield
     now = end
 
@@ -138,10 +144,16 @@ WRITES: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("outage", SQLITE_OUTAGES)
-async def test_a_request_that_cannot_be_written_down_is_refused_and_leaves_nothing(tmp_path: Path, outage: Outage) -> None:
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_a_request_that_cannot_be_written_down_is_refused_and_leaves_nothing(
+    tmp_path: Path, outage: Outage, is_known: bool
+) -> None:
+    """``is_known``: the account is known to have plenty, so an Island may have begun meanwhile."""
     one = island(1, ask=ASK)
     async with opened(growing(tmp_path), one) as running, http(running) as client:
         await client.get("/v1/models")  # so that the key is known
+        if is_known:
+            await chat(running, bid_price="0.1")
         async with outage(running):
             for method, path, body in WRITES:
                 await refused(client, method, path, body)
@@ -149,12 +161,13 @@ async def test_a_request_that_cannot_be_written_down_is_refused_and_leaves_nothi
             assert (await client.get("/v1/models")).status_code == 200
             if outage is not full:  # signs of life need no page
                 await until(lambda: not running.server._parts.upkeep.healthy)
-        assert await rows(running) == [] and not one.requests and await funds(running) == (ALL, 0)
+        assert len(await rows(running)) == is_known and await funds(running) == (ALL - is_known * PRICE, 0)
+        assert is_known or not one.requests
         for method, path, body in WRITES:
             assert (await client.request(method, path, json=body)).status_code < 300, "it recovers by itself"
         await until(lambda: running.server._parts.upkeep.healthy)
         await until(lambda: not running.server.desk.live)
-        assert len(await rows(running)) == 4
+        assert len(await rows(running)) == 4 + is_known
 
 
 @pytest.mark.parametrize("outage", SQLITE_OUTAGES)
@@ -207,6 +220,7 @@ async def test_a_submitted_job_is_settled_when_the_books_are_back(tmp_path: Path
                 more.set()
                 await until(lambda: not running.server.desk.live)
                 assert running.server.desk.unsettled == {job_id}
+                await trio.sleep(5 * upkeep.BEAT_S)  # nor does upkeep take it for one that nobody runs
         assert outline(seen) == WHOLE
         job = await ended(running, job_id)
         assert (job["state"], job["tries"]) == ("succeeded", 1) and len(one.requests) == 1
@@ -244,6 +258,30 @@ async def test_who_leaves_while_the_books_are_away_pays_for_what_he_got(tmp_path
         await until(lambda: not running.server.desk.unsettled)
         (job,) = await rows(running)
         assert job.state is JobState.CANCELLED and await funds(running) == (ALL - ASK.price(3, 0), 0)
+
+
+async def test_who_is_cancelled_while_the_books_are_away_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not told of the books: a task that its nursery has cancelled must end as one."""
+    one = island(1, Script(hang_after=3), ask=ASK)
+    async with opened(url_of(tmp_path), one) as running:
+        api = parse_chat(HELLO, 1)
+        order = order_of("chat-1", api, Terms(), ACCOUNT_DEFAULT, cache_salt(SALT, ACCOUNT_DEFAULT), "chat", 60.0)
+        desk = running.server.desk
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(desk.collect, order)
+                await until(lambda: one.open_now == 1)
+                with monkeypatch.context() as patch:
+                    patch.setattr(desk.books, "do", away)
+                    scope.cancel()
+                    await until(lambda: not desk.live)
+        assert scope.cancelled_caught
+        await until(lambda: not desk.unsettled)
+        assert (await row(running, "chat-1")).state is JobState.CANCELLED and await funds(running) == (ALL, 0)
+
+
+async def away(*_arguments: Any) -> Any:
+    raise BooksUnavailable("away")
 
 
 @asynccontextmanager
@@ -306,10 +344,12 @@ async def test_a_postgresql_that_is_killed_and_comes_back(postgres_server: Postg
         async def ask(stream: bool) -> None:
             answers.append(await chat(running, {}, stream=stream))
 
+        seen: list[Event] = []
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch, running, job_id, seen)
             nursery.start_soon(ask, True)
             nursery.start_soon(ask, False)
-            await until(lambda: one.open_now == 3)
+            await until(lambda: one.open_now == 3 and len(seen) == 6)
             await trio.to_thread.run_sync(postgres_server.kill)
             for method, path, body in WRITES:
                 await refused(client, method, path, body)
@@ -322,9 +362,10 @@ async def test_a_postgresql_that_is_killed_and_comes_back(postgres_server: Postg
             await trio.to_thread.run_sync(postgres_server.restart)
         job = await ended(running, job_id)
         assert (job["state"], job["tries"], job["price"]) == ("succeeded", 1, "0.0002")
+        assert outline(seen) == WHOLE
         await until(lambda: not running.server.desk.unsettled)
         assert "books_unavailable" in answers[0].text and "books_unavailable" in answers[1].text
-        assert await funds(running) == (ALL - PRICE, 0) and len(one.requests) == 3
+        assert await funds(running) == (ALL - PRICE, 0)
         assert (await chat(running)).status_code == 200
         assert await complaints(running.server.books) == []
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,11 @@ import trio
 
 from coordinator.books import queries
 from coordinator.books.accounts import ISLANDS, IslandRecord, PairIsland, SetPublisher
-from coordinator.books.jobs import JobState
+from coordinator.books.errors import BooksRefused, Why
+from coordinator.books.jobs import JobState, OpenJob
 from coordinator.books.ledger import escrow, user
 from coordinator.books.stored import Stored
+from coordinator.books.writer import Pending
 from coordinator.http.errors import from_refusal
 from coordinator.keys import create_key
 from protocol.errors import Code, Refused
@@ -93,6 +98,56 @@ async def test_the_most_is_held_from_the_first_word_and_the_price_is_charged_bef
     assert chunk["metadata"]["price"] == format_credits(PRICE) and chunk["usage"]["completion_tokens"] == 5
 
 
+@dataclass
+class Late:
+    """An opening that takes as long as a test likes, and then goes its way, or is refused."""
+
+    begin: Callable[[], Pending]
+    ready: trio.Event = field(default_factory=trio.Event)
+    refused: BooksRefused | None = None
+
+    async def wait(self) -> list[Any]:
+        await self.ready.wait()
+        if self.refused is not None:
+            raise self.refused
+        return await self.begin().wait()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("refused", [None, BooksRefused(Why.NO_CREDIT, "by now it has no more")])
+async def test_an_island_may_begin_while_the_hold_is_written_and_nothing_is_told_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool, refused: BooksRefused | None
+) -> None:
+    one = island(1, ask=ASK)
+    async with opened(url_of(tmp_path), one) as running:
+        await chat(running)  # from now on it is known how much the account has
+        books, begin = running.server.books, running.server.books.begin
+        late, answers = [], []
+
+        def slowly(*operations: Any) -> Late:
+            if isinstance(operations[0], OpenJob):
+                late.append(Late(functools.partial(begin, *operations), refused=refused))
+                return late[0]
+            return begin(*operations)  # type: ignore[return-value]
+
+        async def ask() -> None:
+            answers.append(await chat(running, stream=stream))
+
+        async with trio.open_nursery() as nursery:
+            monkeypatch.setattr(books, "begin", slowly)
+            nursery.start_soon(ask)
+            await until(lambda: len(one.requests) == 2)
+            await trio.sleep(0.1)
+            assert not answers and len(await rows(running)) == 1
+            late[0].ready.set()
+        if refused is None:
+            assert answers[0].status_code == 200 and "five" in answers[0].text and await funds(running) == (ALL - 2 * PRICE, 0)
+        else:
+            error_of(answers[0], 402, "insufficient_credits")
+            assert await funds(running) == (ALL - PRICE, 0) and len(await rows(running)) == 1
+        assert running.server.statistics()["open_jobs"] == 0 and one.open_now == 0
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_choices_are_paid_each_and_none_for_more_than_its_part_of_the_bid(tmp_path: Path, stream: bool) -> None:
     one = island(1, Script(receipt={"price_micros": 10**12}), ask=ASK)
@@ -150,10 +205,20 @@ async def test_an_island_that_claims_hours_gets_the_bid_at_most(tmp_path: Path) 
         assert await funds(running) == (ALL - price, 0)
 
 
-async def test_who_finishes_is_paid_and_who_broke_loses_karma(database_url: str) -> None:
+async def test_a_choice_that_ends_early_is_not_paid_for_the_time_of_the_others(tmp_path: Path) -> None:
+    lie = {"price_micros": 10**15, "compute_ms": 2**40}
+    quick = island(1, Script(receipt=lie), ask=Ask(per_second=1000), slots_total=1, slots_free=1)
+    slow = island(2, Script(accept_s=0.6, receipt={"price_micros": 0}), ask=Ask(per_second=1000), slots_total=1, slots_free=1)
+    async with opened(url_of(tmp_path), quick, slow) as running:
+        answer = await chat(running, n=2, bid_price=10)
+        assert answer.status_code == 200 and len(quick.tickets) == len(slow.tickets) == 1
+        assert (await balance(running, escrow(quick.peer)))[0] < 300, "micro-credits, one a millisecond"
+
+
+async def test_who_finishes_is_paid_and_who_broke_loses_karma(tmp_path: Path) -> None:
     shaky = island(1, Script(fail_after=2, times=1), tokens_per_s=90.0, ask=ASK)
     steady = island(2, tokens_per_s=1.0, ask=ASK)
-    async with opened(database_url, shaky, steady) as running:
+    async with opened(url_of(tmp_path), shaky, steady) as running:
         chunks = await chunks_of(await chat(running, **STREAM))
         assert text_of(chunks) == TEXT and chunks[-1]["metadata"]["islands"] == [shaky.peer, steady.peer]
         price = ASK.price(3, 0)
@@ -320,9 +385,9 @@ async def leave_after(running: Running, text: str, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("words", [1, 3])
-async def test_who_leaves_a_stream_pays_what_was_delivered(database_url: str, words: int) -> None:
+async def test_who_leaves_a_stream_pays_what_was_delivered(tmp_path: Path, words: int) -> None:
     one = island(1, Script(hang_after=words), ask=ASK)
-    async with opened(database_url, one) as running:
+    async with opened(url_of(tmp_path), one) as running:
         await leave_after(running, " ".join(TEXT.split()[:words]))
         await until(lambda: one.cancelled == 1)
 

@@ -120,11 +120,11 @@ async def test_a_key_that_is_none(tmp_path: Path, bad: str) -> None:
         assert longest.status_code == 200
 
 
-async def test_while_the_first_try_of_a_chat_runs_its_key_is_in_use(database_url: str) -> None:
+async def test_while_the_first_try_of_a_chat_runs_its_key_is_in_use(tmp_path: Path) -> None:
     more = trio.Event()
     one = island(1, Script(hang_after=2, until=more))
     answers: list[httpx.Response] = []
-    async with opened(database_url, one) as running:
+    async with opened(url_of(tmp_path), one) as running:
 
         async def ask() -> None:
             answers.append(await chat(running, KEY))
@@ -157,9 +157,9 @@ async def test_many_at_once_under_one_key_are_one_job(database_url: str) -> None
 
 
 @pytest.mark.parametrize("headers", [KEY, AGAIN], ids=["key", "retry"])
-async def test_what_failed_runs_anew(database_url: str, headers: dict[str, str]) -> None:
+async def test_what_failed_runs_anew(tmp_path: Path, headers: dict[str, str]) -> None:
     one = island(1, Script(refuse=Refused(Code.BAD_INPUT, "not now"), times=1))
-    async with opened(database_url, one) as running:
+    async with opened(url_of(tmp_path), one) as running:
         assert (await chat(running, KEY if headers is KEY else None)).status_code == 400
         answer = await chat(running, headers)
         assert answer.status_code == 200 and "x-archipelag-replayed" not in answer.headers
@@ -169,12 +169,12 @@ async def test_what_failed_runs_anew(database_url: str, headers: dict[str, str])
             await billed_once(running)
 
 
-async def test_a_retry_waits_for_the_first_try(database_url: str) -> None:
+async def test_a_retry_waits_for_the_first_try(tmp_path: Path) -> None:
     """Its client has lost patience with a proxy, say; the Coordinator still works on it."""
     more = trio.Event()
     one = island(1, Script(hang_after=2, until=more))
     answers: list[httpx.Response] = []
-    async with opened(database_url, one) as running:
+    async with opened(url_of(tmp_path), one) as running:
 
         async def ask(headers: dict[str, str]) -> None:
             answers.append(await chat(running, headers))
@@ -307,11 +307,11 @@ async def test_where_the_answer_is_gone_a_key_says_so(tmp_path: Path) -> None:
 # Submitted jobs
 
 
-async def test_a_job_submitted_twice_is_one_job(database_url: str) -> None:
+async def test_a_job_submitted_twice_is_one_job(tmp_path: Path) -> None:
     """Nobody waits for it: its second try is told how it is now."""
     more = trio.Event()
     one = island(1, Script(hang_after=2, until=more))
-    async with opened(database_url, one) as running, http(running) as client:
+    async with opened(url_of(tmp_path), one) as running, http(running) as client:
         first = await client.post(JOBS, json=A_JOB, headers=KEY)
         await until(lambda: one.open_now == 1)
         with trio.fail_after(5):

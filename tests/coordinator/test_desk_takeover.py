@@ -153,9 +153,9 @@ async def test_a_job_that_brings_down_every_coordinator_is_given_up(tmp_path: Pa
         assert (await row(running, job_id)).input == b""
 
 
-async def test_a_job_that_nobody_wants_any_more_is_not_taken_up(database_url: str) -> None:
+async def test_a_job_that_nobody_wants_any_more_is_not_taken_up(tmp_path: Path) -> None:
     one = island(1, Script(hang_after=1), ask=ASK)
-    async with mortal(database_url, one) as first, opened(database_url, one, key=OTHER, api_key=first.running.key) as second:
+    async with mortal(url_of(tmp_path), one) as first, opened(url_of(tmp_path), one, key=OTHER, api_key=first.running.key) as second:
         job_id = await submit(first.running)
         await until(lambda: one.open_now == 1)
         await first.kill()
@@ -196,10 +196,10 @@ async def test_who_was_only_asleep_cannot_bill_what_was_taken_from_it(database_u
         assert (await row(first, job_id)).owner == OTHER.peer_id and first.server.desk.taken_over == 3
 
 
-async def test_an_island_stops_when_its_job_was_taken_over_before_it_began(database_url: str) -> None:
+async def test_an_island_stops_when_its_job_was_taken_over_before_it_began(tmp_path: Path) -> None:
     more = trio.Event()
     slow, fresh = island(1, Script(hang_after=0, until=more), ask=ASK), island(2, ask=ASK)
-    async with opened(database_url, slow) as first, opened(database_url, fresh, key=OTHER, api_key=first.key) as second:
+    async with opened(url_of(tmp_path), slow) as first, opened(url_of(tmp_path), fresh, key=OTHER, api_key=first.key) as second:
         job_id = await submit(first)
         await until(lambda: slow.open_now == 1)
         with asleep(first):
@@ -210,11 +210,11 @@ async def test_an_island_stops_when_its_job_was_taken_over_before_it_began(datab
         assert await funds(first) == (ALL - PRICE, 0)
 
 
-async def test_after_an_outage_nobody_takes_what_the_others_do(database_url: str) -> None:
+async def test_after_an_outage_nobody_takes_what_the_others_do(tmp_path: Path) -> None:
     """All of them look silent then, to whoever comes back first."""
     more = trio.Event()
     one = island(1, Script(hang_after=3, until=more), ask=ASK)
-    async with opened(database_url, one) as first, opened(database_url, one, key=OTHER, api_key=first.key) as second:
+    async with opened(url_of(tmp_path), one) as first, opened(url_of(tmp_path), one, key=OTHER, api_key=first.key) as second:
         await trio.sleep(0.5)  # both have watched for long enough to judge
         job_id = await submit(first)
         await until(lambda: one.open_now == 1)
@@ -275,10 +275,10 @@ async def test_orphans_are_jobs_of_runs_that_are_gone(database_url: str) -> None
 
 
 @pytest.mark.parametrize("moved_ms", [-30 * 86_400_000, 30 * 86_400_000])
-async def test_a_clock_that_jumps_loses_and_doubles_nothing(database_url: str, moved_ms: int) -> None:
+async def test_a_clock_that_jumps_loses_and_doubles_nothing(tmp_path: Path, moved_ms: int) -> None:
     more = trio.Event()
     one = island(1, Script(times=1), Script(hang_after=3, until=more, times=2), ask=ASK)
-    async with opened(database_url, one) as running, http(running) as client:
+    async with opened(url_of(tmp_path), one) as running, http(running) as client:
         first = await client.post(CHAT, json=HELLO, headers=KEY)
         desk = running.server.desk
         now_ms = desk._clock_ms
@@ -323,14 +323,14 @@ async def test_a_hold_that_looks_over_does_not_end_a_job_that_runs(database_url:
         assert (await ended(second, job_id))["state"] == "succeeded" and await funds(first) == (ALL - PRICE, 0)
 
 
-async def test_a_job_that_comes_back_to_its_first_coordinator(database_url: str) -> None:
+async def test_a_job_that_comes_back_to_its_first_coordinator(tmp_path: Path) -> None:
     """It slept, another one took the job and died; meanwhile the first one's own try has gone on."""
     more = trio.Event()
     slow, hung = island(1, Script(hang_after=3, until=more), ask=ASK), island(2, Script(hang_after=1), ask=ASK)
-    async with opened(database_url, slow) as first:
+    async with opened(url_of(tmp_path), slow) as first:
         job_id = await submit(first)
         await until(lambda: slow.open_now == 1)
-        async with mortal(database_url, hung, key=OTHER, api_key=first.key) as second:
+        async with mortal(url_of(tmp_path), hung, key=OTHER, api_key=first.key) as second:
             with asleep(first):
                 await until(lambda: hung.open_now == 1)
             await _settled_in(second)
@@ -348,10 +348,10 @@ async def _settled_in(one: Mortal) -> None:
     await until(lambda: all(live.job.state is JobState.RUNNING for live in one.running.server.desk.live.values()))
 
 
-async def test_islands_of_two_coordinators(database_url: str) -> None:
+async def test_islands_of_two_coordinators(tmp_path: Path) -> None:
     """One Island serves both; each pays it for its own jobs."""
     one: FakeIsland = island(1, ask=ASK)
-    async with opened(database_url, one) as first, opened(database_url, one, key=OTHER, api_key=first.key) as second:
+    async with opened(url_of(tmp_path), one) as first, opened(url_of(tmp_path), one, key=OTHER, api_key=first.key) as second:
         for running in (first, second, first):
             assert (await chat(running)).status_code == 200
         assert await funds(second) == (ALL - 3 * PRICE, 0) and await balance(first, escrow(one.peer)) == (3 * PRICE, 0)

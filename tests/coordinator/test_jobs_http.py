@@ -157,10 +157,10 @@ async def test_the_input_is_what_the_island_gets(tmp_path: Path) -> None:
 # Watching
 
 
-async def test_a_watcher_sees_every_state_and_word_in_order(database_url: str) -> None:
+async def test_a_watcher_sees_every_state_and_word_in_order(tmp_path: Path) -> None:
     more = trio.Event()
     one = island(1, Script(hang_after=2, until=more, accept_s=0.02), ask=ASK)
-    async with opened(database_url, one) as running:
+    async with opened(url_of(tmp_path), one) as running:
         job_id = await submit(running)
         seen: list[list[Event]] = [[], []]
         async with trio.open_nursery() as nursery:
@@ -261,9 +261,9 @@ async def test_a_job_that_waits_is_cancelled(tmp_path: Path) -> None:
         assert (await get(running, f"{JOBS}/{running_id}")).json()["state"] == "assigned"
 
 
-async def test_a_job_that_runs_is_cancelled_and_costs_nothing(database_url: str) -> None:
+async def test_a_job_that_runs_is_cancelled_and_costs_nothing(tmp_path: Path) -> None:
     one = island(1, Script(hang_after=3), ask=ASK)
-    async with opened(database_url, one) as running:
+    async with opened(url_of(tmp_path), one) as running:
         job_id = await submit(running)
         seen: list[Event] = []
         async with trio.open_nursery() as nursery:

@@ -65,9 +65,9 @@ def asks(it: FakeIsland, ask: Ask) -> None:
 # Quotes
 
 
-async def test_a_quote_names_price_island_and_expiry(database_url: str) -> None:
+async def test_a_quote_names_price_island_and_expiry(tmp_path: Path) -> None:
     one = island(1, ask=ASK)
-    async with opened(database_url, one, island(2, ask=DEAR)) as running:
+    async with opened(url_of(tmp_path), one, island(2, ask=DEAR)) as running:
         quote = await quoted(running, n=2)
         assert (quote["cargo"], quote["island"], quote["n"], quote["max_tokens"]) == ("echo", one.peer, 2, 10)
         assert quote["price"] == format_credits(2 * ASK.price(10, 0)) and quote["ask"]["per_1k_output"] == "0.02"
@@ -76,9 +76,9 @@ async def test_a_quote_names_price_island_and_expiry(database_url: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["chat", "stream", "job"])
-async def test_a_quote_is_honoured_after_the_island_has_raised_its_ask(database_url: str, how: str) -> None:
+async def test_a_quote_is_honoured_after_the_island_has_raised_its_ask(tmp_path: Path, how: str) -> None:
     one, cheaper = island(1, ask=ASK), island(2, ask=Ask(1, 1))
-    async with opened(database_url, one) as running:
+    async with opened(url_of(tmp_path), one) as running:
         quote = await quoted(running)
         asks(one, DEAR)
         running.port.advertise(one)
@@ -331,9 +331,9 @@ async def test_bad_bids_are_refused_everywhere_and_leave_nothing(tmp_path: Path)
 # What everybody sees
 
 
-async def test_the_market_is_public(database_url: str) -> None:
+async def test_the_market_is_public(tmp_path: Path) -> None:
     one = island(1, ask=ASK, slots_total=4, slots_free=4)
-    async with opened(database_url, one, island(2, ask=DEAR, slots_total=2, slots_free=2)) as running:
+    async with opened(url_of(tmp_path), one, island(2, ask=DEAR, slots_total=2, slots_free=2)) as running:
         empty = (await get(running, f"{MARKET}/rates/echo", key="")).json()["data"]
         assert empty["current_rate"] is None and (empty["supply"], empty["active_asks"]) == (6, 2)
         for _ in range(3):

@@ -184,7 +184,7 @@ class Trace:
     @property
     def load(self) -> float:
         """Of the whole day; a little off ``Config.load``, as sessions are cut at its ends."""
-        return self.work / sum(island.capacity * island.online_s for island in self.islands)
+        return self.work / _could(self.islands)
 
 
 def make_trace(config: Config) -> Trace:
@@ -274,7 +274,7 @@ def _jobs(config: Config, rng: np.random.Generator) -> tuple[dict[str, npt.NDArr
 # -- Islands
 
 _CAPACITY_TYPICAL = 98.0  # tokens/s of an Island, mean of what ``_island`` draws
-_ROUNDS = 3
+_TRIES = 6
 _REGIONS = (("de", 0.25), ("fr", 0.1), ("nl", 0.1), ("ch", 0.1), ("us-east", 0.2), ("us-west", 0.15), ("jp", 0.1))
 _TIERS = ((110.0, Tier.ENTERPRISE), (80.0, Tier.HIGH_END), (50.0, Tier.MID_RANGE), (30.0, Tier.ENTRY), (0.0, Tier.CPU))
 
@@ -289,11 +289,17 @@ def _islands(config: Config, rng: np.random.Generator, work: Floats) -> tuple[Is
         bare.append(island)
     wanted = float(work.sum()) / config.load
     online = wanted / (sum(island.capacity for island in bare) * config.day_s)
-    for _ in range(_ROUNDS):  # sessions are cut at the ends of the day, so what comes of a share is seen when it is there
+    tries: list[tuple[IslandPlan, ...]] = []
+    for _ in range(_TRIES):  # sessions are cut at the ends of the day, so what comes of a share is seen when it is there
         sessions_rng = np.random.default_rng([config.seed, config.jobs, 1])
-        islands = tuple(_with_sessions(config, sessions_rng, island, min(0.95, online)) for island in bare)
-        online *= wanted / sum(island.capacity * island.online_s for island in islands)
-    return islands
+        tries.append(tuple(_with_sessions(config, sessions_rng, island, min(0.95, online)) for island in bare))
+        online *= wanted / _could(tries[-1])
+    return min(tries, key=lambda islands: abs(_could(islands) - wanted))
+
+
+def _could(islands: tuple[IslandPlan, ...]) -> float:
+    """Work that they could do on the day, in output tokens."""
+    return sum(island.capacity * island.online_s for island in islands)
 
 
 def _island(config: Config, rng: np.random.Generator, number: int, cargo: int) -> IslandPlan:

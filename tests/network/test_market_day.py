@@ -210,7 +210,7 @@ def test_all_policies_have_the_same_day(days: dict[str, tuple[Day, Figures]]) ->
 
 
 def test_the_trace_is_as_busy_as_it_should_be() -> None:
-    for jobs, off in ((20_000, 0.08), (200_000, 0.05)):
+    for jobs, off in ((20_000, 0.03), (200_000, 0.02)):
         trace = make_trace(Config.scaled(jobs))
         assert len(trace.jobs) == jobs
         assert abs(trace.load - trace.config.load) < off

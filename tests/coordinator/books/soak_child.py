@@ -27,6 +27,7 @@ from typing import Any
 import sqlalchemy as sql
 from sqlalchemy.engine.default import DefaultDialect
 
+from coordinator.books import database
 from coordinator.books.database import Database
 from coordinator.books.errors import BooksRefused, BooksUnavailable
 from coordinator.books.rows import Address, Operation, Rows
@@ -117,6 +118,15 @@ class Watch:
 
         sql.event.listen(sql.Engine, "before_cursor_execute", before)
         sql.event.listen(sql.Engine, "after_cursor_execute", after)
+        raw = database.run_raw
+
+        def run_raw(connection: Any, text: str, rows: Any = None) -> Any:
+            self.point(f"before {_brief(text)}")
+            found = raw(connection, text, rows)
+            self.point(f"after {_brief(text)}")
+            return found
+
+        database.run_raw = run_raw
         plain: Callable[..., None] = DefaultDialect.do_commit
 
         def do_commit(dialect: Any, connection: Any) -> None:
@@ -134,13 +144,13 @@ class Watch:
     def _about_to_commit(self, dialect: Any, connection: Any) -> None:
         cursor = connection.cursor()
         is_postgres = dialect.name == "postgresql"
+        transaction = _postgres_transaction(cursor) if is_postgres else None
         if is_postgres and self._fate == "unsure":
-            self._fate = _postgres_fate(cursor, self._transaction)
-        say("group", self.now_ms, "aborted" if self._fate == "unsure" else self._fate, list(self._log.items()))
-        self._fate = "unsure"
-        if is_postgres:
-            self._transaction = _postgres_transaction(cursor)
+            self._fate = _postgres_fate(cursor, self._transaction, transaction)
         cursor.close()
+        # From here on nothing can fail: what is said is about to be committed.
+        say("group", self.now_ms, "aborted" if self._fate == "unsure" else self._fate, list(self._log.items()))
+        self._fate, self._transaction = "unsure", transaction
 
 
 def _postgres_transaction(cursor: Any) -> str | None:
@@ -148,10 +158,10 @@ def _postgres_transaction(cursor: Any) -> str | None:
     return cursor.fetchone()[0]  # type: ignore[no-any-return]
 
 
-def _postgres_fate(cursor: Any, transaction: str | None) -> str:
+def _postgres_fate(cursor: Any, transaction: str | None, now: str | None) -> str:
     """Of a transaction whose commit failed. None has written nothing, so that it does not matter. An id that a server took back with its
     last unwritten records is given out again, to ours, or lies ahead."""
-    if transaction is None or transaction == _postgres_transaction(cursor):
+    if transaction is None or transaction == now:
         return "aborted"
     cursor.execute("SELECT %s::xid8 >= pg_snapshot_xmax(pg_current_snapshot())", (transaction,))
     if cursor.fetchone()[0]:

@@ -144,11 +144,11 @@ class Soak:
 
     def _group(self, now_ms: int, fate: str | None, answers: list[tuple[int, Answer]]) -> None:
         """A group is about to be committed; ``fate``: of the one before, in the same child."""
+        if fate not in ("committed", "aborted", None):
+            raise Difference(f"nobody can say what became of a group: it is {fate}")
         if fate == "aborted" and self._mark is not None:
             self._shadow.undo(self._mark)
             self.counts["aborted"] += 1
-        elif fate == "committed":
-            self._is_there()
         self._is_there()
         self._mark = self._shadow.mark
         self.counts["groups"] += 1
