@@ -64,8 +64,8 @@ def _coordinator_bytes(data_dir: Path) -> int:
     """Bytes of all frames that the Coordinator has sent and received since it started."""
     from node.control import ask_node
 
-    host = ask_node(str(data_dir), "status")["host"]
-    return int(host["frame_bytes_sent"]) + int(host["frame_bytes_received"])
+    counts = ask_node(str(data_dir), "status")["host"]["counts"]
+    return int(counts["frame_bytes_sent"]) + int(counts["frame_bytes_received"])
 
 
 def _bytes_per_job(data_dir: Path, url: str, key: str, words: int, jobs: int) -> float:

@@ -128,6 +128,13 @@ class LiveJob:
             (self.job,) = await self.opening.wait()
             self.opening = None
 
+    async def opening_over(self) -> None:
+        """Whatever came of it: others hear that."""
+        try:
+            await self.wait_open()
+        except (BooksRefused, BooksUnavailable) as error:
+            log.debug("job %s was not opened: %s", self.job.id, error)
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -262,6 +269,8 @@ class Desk:
 
     async def _earlier(self, order: Order, waits: bool) -> Opened | None:
         """What the same bytes from the same account came to a moment ago; ``waits`` for it where it is still being made."""
+        for live in [live for live in self.live.values() if live.opening is not None and live.job.fingerprint == order.fingerprint]:
+            await live.opening_over()
         since_ms = self._clock_ms() - int(self._retry_window_s * 1000)
         job = await self.books.ask(job_queries.job_by_fingerprint, order.account, order.fingerprint, since_ms)
         return await self._again(job, order, waits)

@@ -20,6 +20,7 @@ from coordinator.books import job_queries
 from coordinator.books.errors import BooksRefused, BooksUnavailable, Why
 from coordinator.books.jobs import ENDED, Job, JobState, WantCancel
 from coordinator.desk import POLL_S, Desk, JobCancelled, Opened, Order, TakenOver
+from coordinator.exchange.quotes import Quote
 from coordinator.jobs import Accepted, Event, Text
 from protocol.errors import ArchipelagError, Refused
 
@@ -105,15 +106,16 @@ class JobBoard:
             self._start(opened, order)
         return opened.job
 
-    def resume(self, job: Job) -> bool:
-        """Runs a job again that we have taken over; False where that cannot be."""
+    def resume(self, job: Job, quote: Quote | None = None) -> bool:
+        """Runs a job again that we have taken over, by the quote that it was opened with; False where that cannot be."""
         try:
             order = self._restore(job, self._desk.unseal(job.input, job.id))
         except (ArchipelagError, ValueError) as error:
             log.warning("job %s cannot be run again: %s", job.id, error)
             return False
         per_choice = job.bid_micros // len(order.spec.choices)
-        self._start(Opened(job, replace(order.spec, price_max_micros=per_choice)), order)
+        island = quote.island if quote is not None else ""
+        self._start(Opened(job, replace(order.spec, price_max_micros=per_choice, island=island), quote), order)
         return True
 
     def _start(self, opened: Opened, order: Order) -> None:

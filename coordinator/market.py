@@ -114,12 +114,16 @@ class MarketShell:
 
     async def quote(self, account: str, quote_id: str, cargo: str, work: Work) -> Quote:
         """Raises QuoteRefused for one that this job may not use."""
-        body = await self._books.ask(market_queries.quote_body, quote_id)
-        if body is None:
+        quote = await self.promised(quote_id)
+        if quote is None:
             raise QuoteRefused(QuoteFault.NOT_YOURS, f"there is no quote {quote_id}")
-        quote = Quote.from_json(json.loads(body))
         check_quote(quote, account, cargo, work, self._clock_ms())
         return quote
+
+    async def promised(self, quote_id: str) -> Quote | None:
+        """A quote that a job has used, or any other; also one that is over."""
+        body = await self._books.ask(market_queries.quote_body, quote_id)
+        return Quote.from_json(json.loads(body)) if body is not None else None
 
     async def make_quote(self, wish: Wish, work: Work, explicit: int | None) -> Quote:
         """Price, Island and expiry of a request that is not made yet. Raises NotPlaced where nobody would take it."""

@@ -183,7 +183,8 @@ class Upkeep:
             self.failed_over += 1
 
     async def _resume(self, job: Job) -> None:
-        if not self._board.resume(job):
+        quote = await self._market.promised(job.quote_id) if job.quote_id else None
+        if not self._board.resume(job, quote):
             await self._end(job, Outcome(JobState.FAILED, error_code="coordinator_lost", error_message="it could not be run again"))
 
     async def _tend_own(self) -> None:
@@ -243,4 +244,7 @@ class Upkeep:
         """Of the direct path: nobody has come for them, and nobody may any more."""
         for record in await self._books.ask(direct_queries.expired_tickets, now_ms, _JOBS_AT_ONCE):
             freeing = SettleTicket(record.id, record.job_id, record.account, record.cargo, (), 0, 0, succeeded=False)
-            await self._books.do_all(freeing, EndDirectJob(record.job_id, record.account, "", JobState.FAILED, "expired"))
+            try:
+                await self._books.do_all(freeing, EndDirectJob(record.job_id, record.account, "", JobState.FAILED, "expired"))
+            except BooksRefused as refused:
+                log.warning("ticket %s is over and was not freed: %s", record.id, refused)

@@ -56,6 +56,7 @@ class _Call:
 
     request_id: str
     rate: dict[str, str] = field(default_factory=dict)
+    begun: bool = False  # the head of its answer has gone out
 
     def headers(self) -> dict[str, str]:
         return {"x-request-id": self.request_id, "Server": "archipelag", **self.rate}
@@ -159,6 +160,8 @@ class Api:
             trace = "".join(traceback.format_tb(error.__traceback__))
             log.error("request %s: %s\n%s", call.request_id, type(error).__name__, trace)
             response = _error(ApiError(500, "internal error", code="internal_error", kind="server_error"))
+        if call.begun and not response.prepared:
+            raise ConnectionResetError("an answer that has begun cannot become another one")
         resource = request.match_info.route.resource
         route = resource.canonical if resource is not None else "none"
         self._services.metrics.request(route, response.status, time.perf_counter() - started_s)
@@ -343,6 +346,7 @@ async def _with_call(_request: web.Request, response: web.StreamResponse) -> Non
     call = _CALL.get(None)
     if call is not None:
         response.headers.update(call.headers())
+        call.begun = True
 
 
 def _request_id(request: web.Request) -> str:

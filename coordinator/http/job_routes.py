@@ -17,7 +17,7 @@ from coordinator.desk import Order
 from coordinator.exchange.bids import Work
 from coordinator.http import schema
 from coordinator.http.answers import to_json
-from coordinator.http.bridge import Bridge
+from coordinator.http.bridge import Bridge, Stopped
 from coordinator.http.errors import ApiError, bad_request
 from coordinator.http.sse import HEADERS, KEEP_ALIVE
 from coordinator.http.terms import Terms, need_cargo, read_terms
@@ -153,6 +153,8 @@ class JobRoutes:
                     timer.cancel()
                 await response.write(b"".join(map(sse, said)) or (b"" if events.ended else KEEP_ALIVE))
             await response.write_eof()
+        except Stopped:
+            await response.write_eof()  # the job goes on without us; who has not heard its end asks again
         finally:
             events.close()
         return response

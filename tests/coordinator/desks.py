@@ -38,7 +38,9 @@ SALT = bytes(32)  # what the Coordinators of a database share
 TEXT = "one two three four five"
 CHAT, JOBS = "/v1/chat/completions", "/api/v1/jobs"
 Headers = Mapping[str, str] | None
+Event = tuple[str, dict[str, Any]]  # of a job's stream: name and data
 A_JOB: dict[str, Any] = {"cargo": "echo", "input": {"prompt": TEXT}}
+WHOLE = ["state submitted", "state assigned", "state running", f"chunk {TEXT}", "complete succeeded"]
 
 
 @functools.cache
@@ -224,3 +226,40 @@ def error_of(response: httpx.Response, status: int, code: str, param: str | None
     assert (error["code"], error["param"]) == (code, param), error
     assert response.headers["x-request-id"]
     return error
+
+
+async def events_of(response: httpx.Response, found: list[Event]) -> None:
+    """Name and data of each event of a stream, as they come."""
+    name = ""
+    async for line in response.aiter_lines():
+        if line.startswith("event: "):
+            name = line[len("event: ") :]
+        elif line.startswith("data: "):
+            data = json.loads(line[len("data: ") :])
+            assert data["type"] == name
+            found.append((name, data))
+        else:
+            assert not line or line.startswith(":"), line
+
+
+async def watch(running: Running, job_id: str, found: list[Event] | None = None) -> list[Event]:
+    """``found`` is what has been heard, meanwhile too."""
+    found = [] if found is None else found
+    async with http(running) as client, client.stream("GET", f"{JOBS}/{job_id}/stream") as response:
+        assert response.status_code == 200 and response.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert response.headers["x-archipelag-job"] == job_id and response.headers["x-request-id"]
+        await events_of(response, found)
+    return found
+
+
+def outline(events: list[Event]) -> list[str]:
+    """Names of events, with states and words; words one after the other are one."""
+    found: list[str] = []
+    for name, data in events:
+        if name != "chunk":
+            found.append(f"{name} {data['state']}")
+        elif found and found[-1].startswith("chunk "):
+            found[-1] += data["content"]
+        else:
+            found.append(f"chunk {data['content']}")
+    return found

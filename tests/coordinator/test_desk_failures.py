@@ -33,6 +33,8 @@ from tests.coordinator.desks import (
     JOBS,
     SALT,
     TEXT,
+    WHOLE,
+    Event,
     balance,
     chat,
     chunks_of,
@@ -41,15 +43,16 @@ from tests.coordinator.desks import (
     error_of,
     funds,
     opened,
+    outline,
     row,
     rows,
     submit,
     text_of,
     until,
     url_of,
+    watch,
 )
 from tests.coordinator.fakes import Running, Script, island
-from tests.coordinator.test_jobs_http import WHOLE, Event, outline, watch
 from tests.postgres import PostgresServer
 
 ALL = 10_000 * CREDIT
@@ -226,6 +229,24 @@ async def test_a_submitted_job_is_settled_when_the_books_are_back(tmp_path: Path
         assert (job["state"], job["tries"]) == ("succeeded", 1) and len(one.requests) == 1
         assert await funds(running) == (ALL - PRICE, 0)
         assert not running.server.desk.unsettled
+
+
+async def test_a_watcher_hears_nothing_twice_while_nothing_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = trio.Event()
+    one = island(1, Script(accept_s=0.2, hang_after=3, until=more))
+    async with opened(url_of(tmp_path), one) as running, trio.open_nursery() as nursery:
+        seen: list[Event] = []
+        job_id = await submit(running)
+        nursery.start_soon(watch, running, job_id, seen)
+        await until(lambda: len(seen) == 6)
+        with monkeypatch.context() as patch:
+            for name in ("do", "ask"):
+                patch.setattr(running.server.books, name, away)
+            more.set()
+            await until(lambda: not running.server.desk.live)
+            await trio.sleep(0.05)
+        await until(lambda: len(seen) == 9)
+        assert outline(seen) == WHOLE
 
 
 async def test_a_job_runs_on_while_its_states_cannot_be_shown(tmp_path: Path) -> None:

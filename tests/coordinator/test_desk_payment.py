@@ -120,7 +120,7 @@ async def test_an_island_may_begin_while_the_hold_is_written_and_nothing_is_told
 ) -> None:
     one = island(1, ask=ASK)
     async with opened(url_of(tmp_path), one) as running:
-        await chat(running)  # from now on it is known how much the account has
+        await chat(running, max_tokens=9)  # from now on it is known how much the account has
         books, begin = running.server.books, running.server.books.begin
         late, answers = [], []
 
@@ -133,15 +133,24 @@ async def test_an_island_may_begin_while_the_hold_is_written_and_nothing_is_told
         async def ask() -> None:
             answers.append(await chat(running, stream=stream))
 
+        async def ask_again() -> None:
+            again.append(await chat(running, {"x-stainless-retry-count": "1"}, stream=stream))
+
+        again: list[httpx.Response] = []
         async with trio.open_nursery() as nursery:
             monkeypatch.setattr(books, "begin", slowly)
             nursery.start_soon(ask)
             await until(lambda: len(one.requests) == 2)
+            nursery.start_soon(ask_again)
             await trio.sleep(0.1)
-            assert not answers and len(await rows(running)) == 1
+            assert not answers and not again and len(await rows(running)) == 1 and len(late) == 1
             late[0].ready.set()
+            await until(lambda: bool(answers) and (refused is None or len(late) == 2))
+            for each in late:
+                each.ready.set()
         if refused is None:
             assert answers[0].status_code == 200 and "five" in answers[0].text and await funds(running) == (ALL - 2 * PRICE, 0)
+            assert again[0].headers["x-archipelag-replayed"] == "true"
         else:
             error_of(answers[0], 402, "insufficient_credits")
             assert await funds(running) == (ALL - PRICE, 0) and len(await rows(running)) == 1

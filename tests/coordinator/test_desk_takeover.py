@@ -28,6 +28,8 @@ from tests.coordinator.desks import (
     JOBS,
     OTHER,
     TEXT,
+    WHOLE,
+    Event,
     Mortal,
     balance,
     chat,
@@ -37,15 +39,16 @@ from tests.coordinator.desks import (
     funds,
     mortal,
     opened,
+    outline,
     row,
     rows,
     submit,
     text_of,
     until,
     url_of,
+    watch,
 )
-from tests.coordinator.fakes import COORDINATOR, FakeIsland, Running, Script, island
-from tests.coordinator.test_jobs_http import WHOLE, Event, outline, watch
+from tests.coordinator.fakes import COORDINATOR, FakeIsland, Running, Script, island, offer
 
 ALL = 10_000 * CREDIT
 ASK = Ask(per_job=100, per_1k_output=20_000)
@@ -136,6 +139,20 @@ async def test_a_coordinator_that_starts_again_takes_up_its_own_jobs_at_once(tmp
         async with opened(url_of(tmp_path), one, api_key=first.running.key) as again:
             job = await ended(again, job_id)
             assert (job["state"], job["tries"]) == ("succeeded", 2) and await funds(again) == (ALL - PRICE, 0)
+
+
+async def test_a_quote_holds_for_whoever_runs_the_job_in_the_end(tmp_path: Path) -> None:
+    hung, url = island(1, Script(hang_after=3, times=1), ask=ASK), url_of(tmp_path)
+    async with mortal(url, hung) as first:
+        async with http(first.running) as client:
+            quote = (await client.post("/api/v1/quotes", json={"cargo": "echo", "max_tokens": 10, "prompt_tokens": 9})).json()["id"]
+        job_id = await submit(first.running, input={"prompt": TEXT, "max_tokens": 10}, quote=quote)
+        await until(lambda: hung.open_now == 1)
+        await first.kill()
+        hung.offers = (offer(ask=Ask(per_job=900_000)),)
+        async with opened(url, hung, island(2, ask=ASK), key=OTHER, api_key=first.running.key) as second:
+            job = await ended(second, job_id)
+            assert (job["state"], job["island"]) == ("succeeded", hung.peer) and await funds(second) == (ALL - PRICE, 0)
 
 
 async def test_a_job_that_brings_down_every_coordinator_is_given_up(tmp_path: Path) -> None:
