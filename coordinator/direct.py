@@ -190,7 +190,7 @@ class DirectBooks:
         self._free_expired()
         if len(self._places) >= PLACES_MAX:
             raise ApiError(503, "too many tickets are open", code="no_capacity", kind="server_error", headers={"Retry-After": "2"})
-        work = Work(wanted.prompt_tokens, wanted.output_tokens, wanted.choices)
+        work = Work(wanted.prompt_tokens, wanted.output_tokens, wanted.choices, self._issuer.job_s_max)
         quote = await self._quote(key.account, wanted, work)
         bid = quote.price_micros if quote is not None else await self._bid(key.account, wanted, work)
         wish = self._wish(wanted, key.account, bid // wanted.choices, quote)
@@ -339,7 +339,7 @@ class DirectBooks:
             owner=self._me.owner,
             owner_boot=self._me.boot,
             created_at_ms=now_ms,
-            policy=wanted.policy[: limits.TEXT_CHARS_MAX],
+            policy=wanted.policy,
             quote_id=wanted.quote,
             holder=holder,
         )
@@ -466,6 +466,8 @@ def _settling(record: TicketRecord, due: Due, is_claim: bool) -> SettleTicket:
 def _policy(text: str) -> Residency | None:
     if not text:
         return None
+    if len(text) > limits.TEXT_CHARS_MAX:
+        raise bad_request(f"policy: more than {limits.TEXT_CHARS_MAX} characters", "policy")
     try:
         return parse_policy(json.loads(text))
     except ValueError as error:

@@ -164,17 +164,25 @@ class SettleTicket:
         yield HOLDS, self.id
         yield BALANCES, user(self.account)
         yield from self._settlement().reads(rows)
+        for index in range(len(self.earned)):
+            yield RECEIPTS, f"{self.id}:{index}"
         ticket = rows.peek(TICKETS, self.id)
         if self.is_claim and ticket is not None and self._settlement().is_ready(rows):
-            for move in self._late(rows, ticket):
+            for move in self._moves(rows, self._late(ticket)):
                 yield from move.reads(rows)
 
     def apply(self, rows: Rows, now_ms: int) -> TicketRecord:
         ticket, job = rows.get(TICKETS, self.id), rows.get(JOBS, self.job_id)
         if ticket is None or job is None or (ticket.account, ticket.job_id) != (self.account, self.job_id):
             raise BooksRefused(Why.NO_JOB, "this ticket was not issued here")
-        if ticket.state is not TicketState.OPEN:
-            return self._settled_before(rows, ticket, job, now_ms)
+        self._settlement().check()
+        fork = rows.fork()
+        settle = self._settle_open if ticket.state is TicketState.OPEN else self._settle_late
+        settled = settle(fork, ticket, job, now_ms)
+        rows.adopt(fork)
+        return settled
+
+    def _settle_open(self, rows: Rows, ticket: TicketRecord, job: Job, now_ms: int) -> TicketRecord:
         shares = self._settlement().shares(rows)
         if shares:
             PostHold(self.id, user(self.account), shares).apply(rows, now_ms)
@@ -183,8 +191,9 @@ class SettleTicket:
         self._settlement().karma(rows, now_ms)
         return self._note(rows, ticket, job, sum(share.amount for share in shares), now_ms)
 
-    def _settled_before(self, rows: Rows, ticket: TicketRecord, job: Job, now_ms: int) -> TicketRecord:
-        moves = self._late(rows, ticket) if self.is_claim else []
+    def _settle_late(self, rows: Rows, ticket: TicketRecord, job: Job, now_ms: int) -> TicketRecord:
+        late = self._late(ticket) if self.is_claim else ()
+        moves = self._moves(rows, late)
         if not moves:
             return ticket
         wanted, payer = sum(move.amount for move in moves), balance_of(rows, user(self.account))
@@ -193,7 +202,9 @@ class SettleTicket:
         for move in moves:
             move.apply(rows, now_ms)
         if ticket.state is TicketState.FREED:
-            self._settlement().karma(rows, now_ms)
+            self._settlement(late).karma(rows, now_ms)
+        else:  # its karma was earned when it was settled first
+            self._settlement(late).note_earnings(rows, now_ms)
         return self._note(rows, ticket, job, wanted, now_ms)
 
     def _note(self, rows: Rows, ticket: TicketRecord, job: Job, price: int, now_ms: int) -> TicketRecord:
@@ -202,6 +213,7 @@ class SettleTicket:
         changed = replace(ticket, state=state, paid_micros=ticket.paid_micros + price, paid_tokens=tokens)
         rows.put(TICKETS, changed)
         frees = ticket.state is TicketState.OPEN and not price
+        compute_ms = 0 if ticket.state is TicketState.PAID else sum(earned.compute_ms for earned in self.earned)
         rows.put(
             JOBS,
             replace(
@@ -209,7 +221,7 @@ class SettleTicket:
                 price_micros=job.price_micros + price,
                 completion_tokens=job.completion_tokens + tokens - ticket.paid_tokens,
                 prompt_tokens=max(job.prompt_tokens, self.prompt_tokens),
-                compute_ms=job.compute_ms + sum(earned.compute_ms for earned in self.earned),
+                compute_ms=job.compute_ms + compute_ms,
                 bid_micros=max(job.price_micros + price, job.bid_micros - (ticket.limit_micros if frees else 0)),
             ),
         )
@@ -219,16 +231,19 @@ class SettleTicket:
                 rows.put(RECEIPTS, record)
         return changed
 
-    def _late(self, rows: Rows, ticket: TicketRecord) -> list[Move]:
-        """What is due beyond what was paid, as charges without a hold."""
+    def _late(self, ticket: TicketRecord) -> tuple[Earned, ...]:
+        """What is due beyond what was paid, in the proportion of what was earned in all."""
         total = sum(earned.amount for earned in self.earned)
         due = total - ticket.paid_micros
         if ticket.state is TicketState.OPEN or due <= 0 or self.tokens <= ticket.paid_tokens:
-            return []
+            return ()
         amounts = [due * earned.amount // total for earned in self.earned]
         amounts[-1] += due - sum(amounts)
-        earned = tuple(replace(each, amount=amount) for each, amount in zip(self.earned, amounts, strict=True))
-        shares = self._settlement(earned).shares(rows)
+        return tuple(replace(each, amount=amount) for each, amount in zip(self.earned, amounts, strict=True))
+
+    def _moves(self, rows: Rows, late: tuple[Earned, ...]) -> list[Move]:
+        """Charges without a hold."""
+        shares = self._settlement(late).shares(rows) if late else ()
         prefix = f"{self.id}.late{self.tokens}"
         return [
             Move(f"{prefix}:{index}", user(self.account), share.account, share.amount, TransferKind.CHARGE, self.id)

@@ -352,7 +352,7 @@ class Settlement:
         publisher = rows.get(PUBLISHERS, self.cargo)
         return earned.amount * publisher.share_ppm // 1_000_000 if publisher is not None else 0
 
-    def _note_earnings(self, rows: Rows, now_ms: int) -> None:
+    def note_earnings(self, rows: Rows, now_ms: int) -> None:
         """Adds to what each Island has earned in all."""
         for earned in self.earned:
             island = island_of(rows, earned.island, now_ms)
@@ -361,7 +361,7 @@ class Settlement:
 
     def karma(self, rows: Rows, now_ms: int) -> None:
         """Puts what it did to Islands' karma and earnings; pays escrow out where earning begins."""
-        self._note_earnings(rows, now_ms)  # first: karma may change who is paid
+        self.note_earnings(rows, now_ms)  # first: karma may change who is paid
         events: list[tuple[str, int | None]] = []
         if self.succeeded:
             events += [(earned.island, earned.compute_ms) for earned in self.earned]

@@ -1,0 +1,113 @@
+"""Tickets of the direct path in the books: a hold each, settled once, and paid up where the Consumer had signed more than he reported."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator.books.accounts import CreateAccount, PairIsland
+from coordinator.books.direct import (
+    TICKETS,
+    EndDirectJob,
+    GrantTicket,
+    OpenDirectJob,
+    SettleTicket,
+    ShortenHold,
+    TicketRecord,
+    TicketState,
+)
+from coordinator.books.errors import Why
+from coordinator.books.jobs import RECEIPTS, Earned, Job, JobState
+from coordinator.books.ledger import SIGN_UP_MICROS, HoldState, Move, TransferKind, escrow, user
+from tests.coordinator.books.plain_books import NOON_MS, PlainBooks
+
+ISLAND, CONSUMER = "island-1", "consumer-1"
+LIMIT = 5000
+
+
+def ticket(id: str = "t1") -> TicketRecord:
+    return TicketRecord(id, "job", "ann", "echo", ISLAND, 0, 1000, 0, LIMIT, TicketState.OPEN, 0, 0, NOON_MS)
+
+
+@pytest.fixture
+def books() -> PlainBooks:
+    books = PlainBooks()
+    for name in ("ann", "owner"):
+        books.do(CreateAccount(name))
+    job = Job("job", "ann", "echo", "chat", JobState.SUBMITTED, 0, 0, "market", "me", 1, NOON_MS, holder=CONSUMER)
+    books.do_all(OpenDirectJob(job), GrantTicket(ticket(), NOON_MS + 1_000_000))
+    return books
+
+
+def settle(amount: int, tokens: int, *, claim: bool = False, whole: bool = True, receipt: bytes = b"receipt") -> SettleTicket:
+    earned = (Earned(ISLAND, amount, 100, receipt),) if amount or whole else ()
+    return SettleTicket("t1", "job", "ann", "echo", earned, tokens, 7, whole, is_claim=claim)
+
+
+def end(state: JobState = JobState.SUCCEEDED) -> EndDirectJob:
+    return EndDirectJob("job", "ann", CONSUMER, state)
+
+
+def test_a_report_pays_and_a_claim_for_as_much_changes_nothing(books: PlainBooks) -> None:
+    assert books.balance(user("ann")) == (SIGN_UP_MICROS, LIMIT)
+    paid, (job, free) = books.do_all(settle(2000, 100), end())
+    assert (paid.state, paid.paid_micros, paid.paid_tokens) == (TicketState.PAID, 2000, 100)
+    assert (job.state, job.price_micros, job.completion_tokens, job.prompt_tokens) == (JobState.SUCCEEDED, 2000, 100, 7)
+    assert books.balance(user("ann")) == (free, 0) == (SIGN_UP_MICROS - 2000, 0)
+    assert books.unchanged_by(settle(2000, 100, claim=True)) == paid
+    assert books.unchanged_by(settle(4000, 200)) == paid  # a second report is not a claim
+    assert books.posted(escrow(ISLAND)) == 2000
+
+
+def test_who_signs_more_than_he_reports_pays_the_rest_once(books: PlainBooks) -> None:
+    books.do_all(settle(500, 25, whole=False), end())
+    late = books.do(settle(2000, 100, claim=True))
+    assert (late.paid_micros, late.paid_tokens) == (2000, 100)
+    assert books.unchanged_by(settle(2000, 100, claim=True)) == late
+    assert books.posted(user("ann")) == SIGN_UP_MICROS - 2000 and books.posted(escrow(ISLAND)) == 2000
+    job = books.job("job")
+    assert (job.price_micros, job.completion_tokens, job.compute_ms) == (2000, 100, 100)
+    assert books.island(ISLAND).earned_micros == 2000
+    assert [row.id for row in books.all_of(RECEIPTS)] == ["t1:0"]
+
+
+def test_escrow_of_late_pay_leaves_it_too(books: PlainBooks) -> None:
+    """What is paid up later must not be stranded when the Island is paired in between."""
+    books.do(settle(500, 25, whole=False))
+    books.do(PairIsland(ISLAND, "owner"))
+    before = books.island(ISLAND).earned_micros
+    books.do(settle(2000, 100, claim=True))
+    assert (before, books.island(ISLAND).earned_micros) == (500, 2000)
+
+
+def test_a_ticket_that_is_not_reported_keeps_its_hold_for_a_while(books: PlainBooks) -> None:
+    books.do_all(ShortenHold("t1", "ann", NOON_MS + 60_000), end())
+    assert books.hold("t1").expires_at_ms == NOON_MS + 60_000 and books.balance(user("ann"))[1] == LIMIT
+    books.unchanged_by(ShortenHold("t1", "ann", NOON_MS + 90_000))
+    books.unchanged_by(ShortenHold("t1", "ben", NOON_MS + 1))  # not his
+    paid = books.do(settle(2000, 100, claim=True))
+    assert paid.state is TicketState.PAID and books.hold("t1").state is HoldState.POSTED
+
+
+def test_a_freed_ticket_is_paid_late_with_its_karma(books: PlainBooks) -> None:
+    books.do(SettleTicket("t1", "job", "ann", "echo", (), 0, 0, succeeded=False))
+    assert books.hold("t1").state is HoldState.RELEASED and books.balance(user("ann")) == (SIGN_UP_MICROS, 0)
+    paid = books.do(settle(2000, 100, claim=True))
+    assert (paid.state, paid.paid_micros) == (TicketState.PAID, 2000)
+    assert (books.island(ISLAND).jobs_done, books.island(ISLAND).earned_micros) == (1, 2000)
+    assert books.unchanged_by(settle(2000, 100, claim=True)) == paid
+
+
+def test_who_has_nothing_left_cannot_be_charged_late_and_nothing_is_half_done(books: PlainBooks) -> None:
+    books.do_all(settle(500, 25, whole=False), end())
+    books.do(Move("gone", user("ann"), user("owner"), SIGN_UP_MICROS - 500, TransferKind.TRANSFER))
+    assert books.refused(settle(2000, 100, claim=True)) is Why.NO_CREDIT
+    found = books.find(TICKETS, "t1")
+    assert found is not None and found.paid_micros == 500
+
+
+def test_nothing_below_nothing_and_nothing_of_others(books: PlainBooks) -> None:
+    assert books.refused(settle(-1, 1)) is Why.BAD_AMOUNT
+    assert books.refused(SettleTicket("t2", "job", "ann", "echo", (), 0, 0, True)) is Why.NO_JOB
+    assert books.refused(SettleTicket("t1", "job", "owner", "echo", (), 0, 0, True)) is Why.NO_JOB
+    assert books.refused(EndDirectJob("job", "ann", "another", JobState.FAILED)) is Why.NO_JOB
+    assert books.refused(settle(LIMIT + 1, 100)) is Why.OVER_HOLD
