@@ -112,6 +112,8 @@ WRONG: dict[str, dict[str, tuple[Any, ...]]] = {
     "ShardHeld": {"shard_hash": HASH, "sequence": SEQUENCE},
     "HoldRefused": {"code": CODE, "message": (*NO_TEXT, LONG)},
     "DropShard": {"content_hash": HASH, "layers": LAYERS},
+    "SetAsk": {"cargo": (*NO_TEXT, "", "a b", "x" * (limits.NAME_CHARS_MAX + 1)), "ask": (*NO_ARRAY, [], [-1, 0, 0], [0, 0], [0, 0, BIG])},
+    "AskSet": {"sequence": SEQUENCE},
     "RouteBroken": {"job": SEQUENCE, "index": INDEX, "boot": SEQUENCE, "code": CODE, "message": LINE},
     "RouteMended": {"job": SEQUENCE, "ticket": TICKET},
     "JobDone": {
