@@ -34,8 +34,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 GROUP_MAX = 256  # units of one transaction
-CROWD_MIN = 2  # where a group had so many units, the next one waits a little for more: half the transactions for the same work
-GATHER_S = 0.002
 WAITING_MAX = 20_000  # units that may wait; past this the database is too slow for what is asked of it
 RETRY_S = 4.0  # a commit that fails is tried again for so long
 _RETRY_PAUSE_S = 0.05
@@ -124,18 +122,13 @@ class Writer:
             self._turns.close()
 
     def _run(self) -> None:
-        is_crowded = False
         while True:
             with self._wake:
                 while not self._queue and not self._closing:
                     self._wake.wait()
                 if not self._queue:
                     return
-            if is_crowded and not self._closing:
-                time.sleep(GATHER_S)
-            with self._wake:
                 group = [self._queue.popleft() for _ in range(min(GROUP_MAX, len(self._queue)))]
-            is_crowded = len(group) >= CROWD_MIN
             started_s = time.perf_counter()
             self._write(group, time.monotonic() + RETRY_S)
             self.statistics.busy_s += time.perf_counter() - started_s
