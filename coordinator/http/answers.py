@@ -6,9 +6,11 @@ Chunks are put together from bytes that stay the same for the whole answer and t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from aiohttp import web
 
 from coordinator.http.schema import ApiRequest
 from coordinator.jobs import Accepted, ChoiceResult, Event, Replayed, Settled, StageShare, Text
@@ -19,6 +21,10 @@ from protocol.prices import format_credits
 def to_json(value: object) -> bytes:
     """Compact UTF-8 JSON."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    return web.Response(status=status, body=to_json(value), headers={"Content-Type": "application/json", **(headers or {})})
 
 
 def string_to_json(text: str) -> bytes:

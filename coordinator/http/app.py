@@ -22,7 +22,7 @@ from coordinator.dispatch import Emit
 from coordinator.exchange.bids import Work
 from coordinator.exchange.quotes import QuoteRefused
 from coordinator.http import models, schema
-from coordinator.http.answers import Answer, Shape, StreamWriter, to_json, whole
+from coordinator.http.answers import Answer, Shape, StreamWriter, json_response, whole
 from coordinator.http.auth import Gate
 from coordinator.http.bridge import Bridge, Stream
 from coordinator.http.chat import ChatShape
@@ -175,11 +175,11 @@ class Api:
 
     async def models(self, request: web.Request) -> web.StreamResponse:
         await self.admit(request, "read")
-        return _json(models.model_list(await self._cargos()))
+        return json_response(models.model_list(await self._cargos()))
 
     async def model(self, request: web.Request) -> web.StreamResponse:
         await self.admit(request, "read")
-        return _json(models.model(await self._cargos(), request.match_info["name"]))
+        return json_response(models.model(await self._cargos(), request.match_info["name"]))
 
     async def health(self, _request: web.Request) -> web.StreamResponse:
         services = self._services
@@ -188,7 +188,7 @@ class Api:
             return services.placer.islands()
 
         status = "draining" if services.draining.is_set() else "ok"
-        return _json({"status": status, "version": services.version, "islands": await services.bridge.call(islands)})
+        return json_response({"status": status, "version": services.version, "islands": await services.bridge.call(islands)})
 
     async def metrics(self, _request: web.Request) -> web.StreamResponse:
         return web.Response(body=self._services.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
@@ -197,7 +197,7 @@ class Api:
         async def ask() -> dict[str, Any]:
             return self._services.well_known()
 
-        return _json(await self._services.bridge.call(ask))
+        return json_response(await self._services.bridge.call(ask))
 
     async def _cargos(self) -> dict[str, int]:
         async def ask() -> dict[str, int]:
@@ -360,9 +360,6 @@ def _request_id(request: web.Request) -> str:
         return given
     return "req_" + secrets.token_hex(12)
 
-
-def _json(value: object) -> web.Response:
-    return web.Response(body=to_json(value), headers={"Content-Type": _JSON})
 
 
 def _error(error: ApiError) -> web.Response:

@@ -16,7 +16,7 @@ from coordinator.books.jobs import ENDED, Job, JobState
 from coordinator.desk import Order
 from coordinator.exchange.bids import Work
 from coordinator.http import schema
-from coordinator.http.answers import to_json
+from coordinator.http.answers import json_response, to_json
 from coordinator.http.bridge import Bridge, Stopped
 from coordinator.http.errors import ApiError, bad_request
 from coordinator.http.sse import HEADERS, KEEP_ALIVE
@@ -82,7 +82,7 @@ class JobRoutes:
         headers = {"Location": f"/api/v1/jobs/{job.id}", "x-archipelag-job": job.id}
         if job.id != order.spec.job_id:
             headers["x-archipelag-replayed"] = "true"
-        return _json(job_json(job), status=201, headers=headers)
+        return json_response(job_json(job), status=201, headers=headers)
 
     async def list(self, request: web.Request) -> web.StreamResponse:
         account = await self._admit(request, "read")
@@ -94,10 +94,10 @@ class JobRoutes:
             raise bad_request("cargo is the name of a Cargo", "cargo")
         jobs, total = await self._bridge.call(self._board.ask, job_queries.jobs_of, account, limit, offset, states, cargo)
         meta = {"total": total, "limit": limit, "offset": offset}
-        return _json({"data": [job_json(job) for job in jobs], "meta": meta})
+        return json_response({"data": [job_json(job) for job in jobs], "meta": meta})
 
     async def get(self, request: web.Request) -> web.StreamResponse:
-        return _json(job_json(await self._find(request)))
+        return json_response(job_json(await self._find(request)))
 
     async def cancel(self, request: web.Request) -> web.StreamResponse:
         account = await self._admit(request, "write")
@@ -108,7 +108,7 @@ class JobRoutes:
             JobState.FAILED: "the job had failed before",
         }
         message = texts.get(job.state, "the Coordinator that runs the job was told to cancel it")
-        return _json({"id": job.id, "state": job.state.value, "message": message, "price": format_credits(job.price_micros)})
+        return json_response({"id": job.id, "state": job.state.value, "message": message, "price": format_credits(job.price_micros)})
 
     async def output(self, request: web.Request) -> web.StreamResponse:
         job = await self._find(request)
@@ -116,13 +116,13 @@ class JobRoutes:
         if job.state is JobState.SUCCEEDED and text is None:
             raise ApiError(410, "the output of this job is not kept any more", code="output_expired")
         output = {"text": text, "usage": _usage(job)} if text is not None else None
-        return _json({"job_id": job.id, "state": job.state.value, "output": output, "completed": job.ended, "error": _error(job)})
+        return json_response({"job_id": job.id, "state": job.state.value, "output": output, "completed": job.ended, "error": _error(job)})
 
     async def placement(self, request: web.Request) -> web.StreamResponse:
         """Why this Island?"""
         job = await self._find(request)
         why = json.loads(job.placement) if job.placement else None
-        return _json({"job_id": job.id, "island": job.island or None, "region": job.region or None, "placement": why})
+        return json_response({"job_id": job.id, "island": job.island or None, "region": job.region or None, "placement": why})
 
     async def receipts(self, request: web.Request) -> web.StreamResponse:
         job = await self._find(request)
@@ -130,7 +130,7 @@ class JobRoutes:
         data = [
             {"island": island, "receipt": envelope.hex(), "paid": format_credits(paid)} for island, envelope, paid in rows
         ]
-        return _json({"job_id": job.id, "price": format_credits(job.price_micros), "data": data})
+        return json_response({"job_id": job.id, "price": format_credits(job.price_micros), "data": data})
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """SSE from the job's beginning to its end, for any number of watchers."""
@@ -311,8 +311,5 @@ def _states(text: str | None) -> tuple[JobState, ...]:
     except ValueError:
         raise bad_request(f"status takes some of {', '.join(JobState)}", "status") from None
 
-
-def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    return web.Response(status=status, body=to_json(value), headers={"Content-Type": "application/json", **(headers or {})})
 
 

@@ -12,7 +12,7 @@ from coordinator.exchange import answers, parsing
 from coordinator.exchange.bids import Work
 from coordinator.exchange.hardware import Tier
 from coordinator.http import schema
-from coordinator.http.answers import to_json
+from coordinator.http.answers import json_response
 from coordinator.http.bridge import Bridge
 from coordinator.http.errors import bad_request
 from coordinator.http.terms import need_cargo, read_policy
@@ -51,7 +51,7 @@ class MarketRoutes:
         async def ask() -> Any:
             return answers.rates_answer(self._market.listings())
 
-        return _json(await self._bridge.call(ask))
+        return json_response(await self._bridge.call(ask))
 
     async def rate(self, request: web.Request) -> web.StreamResponse:
         cargo = _cargo(request)
@@ -59,14 +59,14 @@ class MarketRoutes:
         async def ask() -> Any:
             return answers.rate_answer(self._market.listing(cargo), self._market.snapshot(cargo))
 
-        return _json(await self._bridge.call(ask))
+        return json_response(await self._bridge.call(ask))
 
     async def history(self, request: web.Request) -> web.StreamResponse:
         try:
             hours = parsing.parse_hours(request.query.get("hours"))
         except ValueError as error:
             raise bad_request(str(error), "hours") from None
-        return _json(answers.history_answer(await self._bridge.call(self._market.history, _cargo(request), hours)))
+        return json_response(answers.history_answer(await self._bridge.call(self._market.history, _cargo(request), hours)))
 
     async def order_book(self, request: web.Request) -> web.StreamResponse:
         cargo = _cargo(request)
@@ -74,7 +74,7 @@ class MarketRoutes:
         async def ask() -> Any:
             return answers.order_book_answer(cargo, self._market.order_book(cargo))
 
-        return _json(await self._bridge.call(ask))
+        return json_response(await self._bridge.call(ask))
 
     async def suggestions(self, request: web.Request) -> web.StreamResponse:
         tier = _tier(request.query.get("hardware"))
@@ -82,12 +82,12 @@ class MarketRoutes:
         async def ask() -> Any:
             return answers.suggestions_answer(self._market.listings(), tier)
 
-        return _json(await self._bridge.call(ask))
+        return json_response(await self._bridge.call(ask))
 
     async def bids(self, request: web.Request) -> web.StreamResponse:
         account = await self._admit(request, "read")
         saved = await self._bridge.call(self._market.saved_bids, account)
-        return _json({"data": [{"cargo": cargo, "bid_price": format_credits(micros)} for cargo, micros in saved.items()]})
+        return json_response({"data": [{"cargo": cargo, "bid_price": format_credits(micros)} for cargo, micros in saved.items()]})
 
     async def save_bid(self, request: web.Request) -> web.StreamResponse:
         account = await self._admit(request, "write")
@@ -100,7 +100,7 @@ class MarketRoutes:
         if cargo not in saved and len(saved) >= _BIDS_MAX:
             raise bad_request(f"an account may save {_BIDS_MAX} bids", "cargo")
         await self._bridge.call(self._market.save_bid, account, cargo, micros)
-        return _json({"cargo": cargo, "bid_price": format_credits(micros)})
+        return json_response({"cargo": cargo, "bid_price": format_credits(micros)})
 
     async def forget_bid(self, request: web.Request) -> web.StreamResponse:
         account = await self._admit(request, "write")
@@ -116,7 +116,7 @@ class MarketRoutes:
         except ValueError as error:
             raise bad_request(str(error), str(error).partition(":")[0]) from None
         await self._bridge.call(self._market.set_ask, account, wanted)
-        return _json({"workload_slug": wanted.cargo, "host_id": wanted.island, "asking_price": format_ask(wanted.ask)})
+        return json_response({"workload_slug": wanted.cargo, "host_id": wanted.island, "asking_price": format_ask(wanted.ask)})
 
     async def quote(self, request: web.Request) -> web.StreamResponse:
         """What a request would cost at most, and where it would run: the request's own body, or ``max_tokens`` and ``prompt_tokens``."""
@@ -137,7 +137,7 @@ class MarketRoutes:
             account=account,
             job_s_max=self._job_timeout_s,
         )
-        return _json(answers.quote_answer(await self._bridge.call(self._market.make_quote, wish, work, explicit)), 201)
+        return json_response(answers.quote_answer(await self._bridge.call(self._market.make_quote, wish, work, explicit)), 201)
 
 
 def quoted_work(body: dict[str, Any], job_timeout_s: float) -> tuple[str, Work]:
@@ -179,6 +179,3 @@ def _tier(text: str | None) -> Tier | None:
     except ValueError:
         raise bad_request(f"hardware must be one of {', '.join(Tier)}", "hardware") from None
 
-
-def _json(value: object, status: int = 200) -> web.Response:
-    return web.Response(status=status, body=to_json(value), headers={"Content-Type": "application/json"})

@@ -24,6 +24,7 @@ def upgrade() -> None:
     _create_ledger()
     _create_islands()
     _create_jobs()
+    _create_tickets()
     _create_market()
     _open_accounts()
 
@@ -172,6 +173,9 @@ def _create_jobs() -> None:
         sql.Column("at_ms", sql.BigInteger, nullable=False),
         **_CLUSTERED,
     )
+
+
+def _create_tickets() -> None:
     op.create_table(
         "tickets",
         sql.Column("id", sql.String(320), primary_key=True),
