@@ -26,6 +26,7 @@ from coordinator.books import job_queries
 from coordinator.books.books import Books
 from coordinator.books.errors import BooksRefused, BooksUnavailable, Why
 from coordinator.books.jobs import Earned, Job, JobState, OpenJob, Outcome, Placed, SettleJob, StartJob
+from coordinator.books.ledger import Refund
 from coordinator.books.writer import Pending
 from coordinator.charging import agreed_ask, earned_of, owed_for_delivered
 from coordinator.dispatch import Dispatcher, Emit
@@ -166,6 +167,7 @@ class Desk:
         self._unsettled: deque[SettleJob] = deque()
         self.replayed = 0
         self.taken_over = 0
+        self.refunded = 0
 
     def __repr__(self) -> str:
         return f"<Desk {len(self.live)} live, {self.replayed} replayed, {self.taken_over} taken over>"
@@ -474,13 +476,30 @@ class Desk:
         while self._unsettled:
             settling = self._unsettled[0]
             try:
-                await self.books.do(settling)
-            except BooksRefused as refused:
-                log.warning("job %s was not settled later either: %s", settling.job_id, refused)
+                await self._settle_late(settling)
             except BooksUnavailable:
                 self._unsettled.rotate(-1)  # the next time begins with another one: what never can be must not keep the others
                 raise
             self._unsettled.popleft()
+
+    async def _settle_late(self, settling: SettleJob) -> None:
+        try:
+            await self.books.do(settling)
+        except BooksRefused as refused:
+            log.warning("job %s was not settled later either: %s", settling.job_id, refused)
+            if refused.why is Why.STATE and settling.outcome.state is JobState.FAILED:
+                await self._give_back(settling)
+
+    async def _give_back(self, settling: SettleJob) -> None:
+        """A job may be paid although its client heard that it could not be: the commit went through, and then the database was gone. Where
+        its answer is kept he gets that by asking again; where not, he gets his credits."""
+        job = await self.books.ask(job_queries.job_of, settling.job_id, settling.account)
+        if job is None or job.output:
+            return
+        charges = await self.books.ask(job_queries.charges_of, job.id)
+        given = await self.books.do(Refund(tuple(charges)))
+        self.refunded += given > 0
+        log.warning("job %s was paid, and its client was told that it failed: %d micro-credits back", job.id, given)
 
     @property
     def unsettled(self) -> set[str]:

@@ -5,6 +5,7 @@ Requests over the two ways are counted apart: a key with a limit may send as man
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -17,13 +18,18 @@ from coordinator.keys import ApiKey, KeyCache, KeyStore, hash_if_key
 from protocol import limits
 from protocol.direct import RateStanding
 
+log = logging.getLogger(__name__)
+
+USED_WRITTEN_S = 60.0  # when keys were last used is written this often at most
+
 
 class DirectKeys:
-    """``clock`` in seconds, only forward."""
+    """``clock`` in seconds, only forward; ``wall_ms`` in Unix milliseconds."""
 
-    def __init__(self, store: KeyStore, clock: Callable[[], float]) -> None:
-        self._store, self._clock = store, clock
+    def __init__(self, store: KeyStore, clock: Callable[[], float], wall_ms: Callable[[], int]) -> None:
+        self._store, self._clock, self._wall_ms = store, clock, wall_ms
         self._cache = KeyCache(clock)
+        self._used_ms: dict[int, int] = {}  # key id -> when, since it was written last
         self._of_keys, self._of_accounts, self._wrong_keys = PerMinute(), PerMinute(), PerMinute()
 
     async def admit(self, text: str, scope: str, peer: str, counts: bool = True) -> tuple[ApiKey, RateStanding]:
@@ -33,7 +39,34 @@ class DirectKeys:
             raise self._wrong_key(peer)
         if scope not in key.scopes:
             raise ApiError(403, f"this key lacks the scope {scope!r}", code="insufficient_scope", kind="permission_error")
-        return key, self._count(key) if counts else RateStanding()
+        standing = self._count(key) if counts else RateStanding()
+        self._used_ms[key.id] = self._wall_ms()
+        return key, standing
+
+    def forget(self, key_id: int) -> None:
+        """The key was revoked here: it counts no more at once."""
+        self._cache.forget(key_id)
+
+    async def run(self) -> None:
+        """Writes down when keys were last used, and once more at the end."""
+        try:
+            while True:
+                await trio.sleep(USED_WRITTEN_S)
+                await self._write_used()
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._write_used()
+
+    async def _write_used(self) -> None:
+        """What cannot be written waits for the next time."""
+        batch, self._used_ms = self._used_ms, {}
+        if not batch:
+            return
+        try:
+            await trio.to_thread.run_sync(self._store.note_used, batch)
+        except BooksUnavailable as error:
+            log.warning("when keys were last used could not be written: %s", error)
+            self._used_ms = batch | self._used_ms
 
     async def _find(self, text: str) -> ApiKey | None:
         key_hash = hash_if_key(text)

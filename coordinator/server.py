@@ -122,6 +122,7 @@ async def open_coordinator(
                 async with trio.open_nursery() as nursery:
                     await parts.start(nursery)
                     bridge = Bridge(nursery)
+                    gate.on_forget = lambda key_id: bridge.to_trio(functools.partial(parts.direct_keys.forget, key_id))
                     services = _services(config, bridge, parts, gate, well_known, salt_secret)
                     http = HttpThread(Api(services).application, config.http_host, config.http_port, tls)
                     nursery.start_soon(http.run)
@@ -192,12 +193,13 @@ class _Parts:
             config.job_timeout_s,
             config.retry_window_s,
         )
+        self.direct_keys = DirectKeys(KeyStore(books.database), time.monotonic, _now_ms)
         self.direct = DirectBooks(
             books,
             self.placer,
             self.market,
             issuer,
-            DirectKeys(KeyStore(books.database), time.monotonic),
+            self.direct_keys,
             me,
             salt_secret,
             _now_ms,
@@ -213,6 +215,7 @@ class _Parts:
         await nursery.start(self.board.run)
         await nursery.start(self.market.run)
         await nursery.start(self.upkeep.run)
+        nursery.start_soon(self.direct_keys.run)
 
 
 def _now_ms() -> int:

@@ -168,7 +168,7 @@ class SettleTicket:
             yield RECEIPTS, f"{self.id}:{index}"
         ticket = rows.peek(TICKETS, self.id)
         if self.is_claim and ticket is not None and self._settlement().is_ready(rows):
-            for move in self._moves(rows, self._late(ticket)):
+            for move in self._moves(rows, self._late(rows, ticket)):
                 yield from move.reads(rows)
 
     def apply(self, rows: Rows, now_ms: int) -> TicketRecord:
@@ -192,7 +192,7 @@ class SettleTicket:
         return self._note(rows, ticket, job, sum(share.amount for share in shares), now_ms)
 
     def _settle_late(self, rows: Rows, ticket: TicketRecord, job: Job, now_ms: int) -> TicketRecord:
-        late = self._late(ticket) if self.is_claim else ()
+        late = self._late(rows, ticket) if self.is_claim else ()
         moves = self._moves(rows, late)
         if not moves:
             return ticket
@@ -227,19 +227,23 @@ class SettleTicket:
         )
         for index, earned in enumerate(self.earned):
             if earned.receipt:
-                record = ReceiptRecord(f"{self.id}:{index}", self.job_id, earned.island, earned.receipt, earned.amount, now_ms)
-                rows.put(RECEIPTS, record)
+                paid = self._settlement().paid_for(rows, earned)
+                rows.put(RECEIPTS, ReceiptRecord(f"{self.id}:{index}", self.job_id, earned.island, earned.receipt, paid, now_ms))
         return changed
 
-    def _late(self, ticket: TicketRecord) -> tuple[Earned, ...]:
+    def _late(self, rows: Rows, ticket: TicketRecord) -> tuple[Earned, ...]:
         """What is due beyond what was paid, in the proportion of what was earned in all."""
-        total = sum(earned.amount for earned in self.earned)
+        settlement = self._settlement()
+        costs = [settlement.paid_for(rows, earned) for earned in self.earned]
+        total = sum(costs)
         due = total - ticket.paid_micros
         if ticket.state is TicketState.OPEN or due <= 0 or self.tokens <= ticket.paid_tokens:
             return ()
-        amounts = [due * earned.amount // total for earned in self.earned]
-        amounts[-1] += due - sum(amounts)
-        return tuple(replace(each, amount=amount) for each, amount in zip(self.earned, amounts, strict=True))
+        late = [replace(each, amount=due * each.amount // total) for each in self.earned]
+        rest = due - sum(settlement.paid_for(rows, each) for each in late)
+        last = max(index for index, cost in enumerate(costs) if cost)
+        late[last] = replace(late[last], amount=late[last].amount + rest)
+        return tuple(late)
 
     def _moves(self, rows: Rows, late: tuple[Earned, ...]) -> list[Move]:
         """Charges without a hold."""

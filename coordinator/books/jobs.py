@@ -334,29 +334,40 @@ class Settlement:
         return pay_out(island, island.account, f"escrow:{self.id}:{island.peer}")
 
     def shares(self, rows: Rows) -> tuple[Share, ...]:
-        """The publisher's part of each charge, rounded down, and the Island's, which is the rest; one share for each payee."""
-        publisher = rows.get(PUBLISHERS, self.cargo)
-        parts: dict[str, int] = {}
+        """One share for each payee: Islands, and the publisher of each charge."""
+        totals: dict[str, int] = {}
         for earned in self.earned:
-            cut = self._cut(rows, earned)
-            payee = (rows.get(ISLANDS, earned.island) or IslandRecord(earned.island)).payee
-            parts[payee] = parts.get(payee, 0) + earned.amount - cut
-            if publisher is not None:
-                name = user(publisher.account)
-                parts[name] = parts.get(name, 0) + cut
-        parts.pop(user(self.account), None)  # nobody pays himself: on an account's own Islands its jobs cost nothing
-        return tuple(Share(account, amount) for account, amount in parts.items() if amount)
+            for payee, amount in self._parts(rows, earned):
+                totals[payee] = totals.get(payee, 0) + amount
+        return tuple(Share(payee, amount) for payee, amount in totals.items())
+
+    def paid_for(self, rows: Rows, earned: Earned) -> int:
+        """Micro-credits that this charge costs the account."""
+        return sum(amount for _, amount in self._parts(rows, earned))
+
+    def _parts(self, rows: Rows, earned: Earned) -> Iterable[tuple[str, int]]:
+        """Who is paid what of a charge: the publisher his part, rounded down, the Island the rest. Nobody pays himself."""
+        publisher, cut = rows.get(PUBLISHERS, self.cargo), self._cut(rows, earned)
+        if earned.amount > cut and not self._is_own(rows, earned):
+            yield (rows.get(ISLANDS, earned.island) or IslandRecord(earned.island)).payee, earned.amount - cut
+        if cut and publisher is not None and publisher.account != self.account:
+            yield user(publisher.account), cut
 
     def _cut(self, rows: Rows, earned: Earned) -> int:
         """The publisher's part, rounded down."""
         publisher = rows.get(PUBLISHERS, self.cargo)
         return earned.amount * publisher.share_ppm // 1_000_000 if publisher is not None else 0
 
+    def _is_own(self, rows: Rows, earned: Earned) -> bool:
+        """Whether the account pays itself; its Island's escrow is its own too."""
+        island = rows.get(ISLANDS, earned.island)
+        return island is not None and island.account == self.account
+
     def note_earnings(self, rows: Rows, now_ms: int) -> None:
         """Adds to what each Island has earned in all."""
         for earned in self.earned:
-            island = island_of(rows, earned.island, now_ms)
-            if earned.amount and island.payee != user(self.account):
+            if earned.amount and not self._is_own(rows, earned):
+                island = island_of(rows, earned.island, now_ms)
                 rows.put(ISLANDS, replace(island, earned_micros=island.earned_micros + earned.amount - self._cut(rows, earned)))
 
     def karma(self, rows: Rows, now_ms: int) -> None:
@@ -426,7 +437,8 @@ class SettleJob:
         for index, earned in enumerate(self.earned):
             if earned.receipt:
                 id = f"{self.job_id}:{index}"
-                rows.put(RECEIPTS, ReceiptRecord(id, self.job_id, earned.island, earned.receipt, earned.amount, now_ms))
+                paid = settlement.paid_for(rows, earned)
+                rows.put(RECEIPTS, ReceiptRecord(id, self.job_id, earned.island, earned.receipt, paid, now_ms))
         job = self._ended(job, sum(share.amount for share in shares), now_ms)
         rows.put(JOBS, job)
         return job

@@ -53,6 +53,7 @@ class Gate:
         self._used_ms: dict[int, int] = {}  # key id -> when, since it was written last
         self._proxies = [ipaddress.ip_network(proxy, strict=False) for proxy in config.trusted_proxies]
         self._pending: dict[str, asyncio.Task[ApiKey | None]] = {}
+        self.on_forget: Callable[[int], object] = lambda _key_id: None  # others that remember keys
         # the database may be slow or far away; the event loop must not wait for it
         self._lookups = ThreadPoolExecutor(2, thread_name_prefix="key-lookup")
 
@@ -82,6 +83,7 @@ class Gate:
     def forget(self, key_id: int) -> None:
         """The key was revoked here: it counts no more at once."""
         self._cache.forget(key_id)
+        self.on_forget(key_id)
 
     def last_used_ms(self, key_id: int) -> int | None:
         """When a key was used last, where that has not been written yet."""

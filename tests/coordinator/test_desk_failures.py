@@ -207,6 +207,34 @@ async def test_a_chat_that_cannot_be_charged_costs_nothing(tmp_path: Path, outag
         assert again.status_code == 200 and await funds(running) == (ALL - PRICE, 0)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_charge_of_which_nobody_could_be_told_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    """The commit went through, and then the database was gone for longer than anybody waits. Where the answer is kept, see
+    ``test_a_commit_whose_answer_was_lost``."""
+    one = island(1, ask=ASK)
+    async with opened(url_of(tmp_path), one, retry_window_s=0) as running:
+        desk = running.server.desk
+        do, is_lost = desk.books.do, [True]
+
+        async def losing(operation: Any) -> Any:
+            done = await do(operation)
+            if isinstance(operation, SettleJob) and is_lost and is_lost.pop():
+                raise BooksUnavailable("gone")
+            return done
+
+        monkeypatch.setattr(desk.books, "do", losing)
+        answer = await chat(running, stream=stream)
+        if stream:
+            assert (await chunks_of(answer))[-1]["error"]["code"] == "books_unavailable"
+        else:
+            error_of(answer, 503, "books_unavailable")
+        (job,) = await rows(running)
+        assert (job.state, job.price_micros) == (JobState.SUCCEEDED, PRICE)
+        await until(lambda: not desk.unsettled)
+        assert desk.refunded == 1
+        assert await funds(running) == (ALL, 0) and await balance(running, escrow(one.peer)) == (0, 0)
+
+
 @pytest.mark.parametrize("outage", SQLITE_OUTAGES)
 async def test_a_submitted_job_is_settled_when_the_books_are_back(tmp_path: Path, outage: Outage) -> None:
     """Its work is not done twice and not lost; its watchers see no failure."""

@@ -490,7 +490,8 @@ class Shadow:
             self._karma(now_ms, id, index, peer, account, compute_ms_)
         for index, (peer, amount, _, receipt) in enumerate(earned):
             if receipt:
-                self._set("receipts", ReceiptRow(f"{id}:{index}", id, peer, receipt, amount, now_ms))
+                cost = self._cost(peer, amount, account, cargo, now_ms)
+                self._set("receipts", ReceiptRow(f"{id}:{index}", id, peer, receipt, cost, now_ms))
         return self._put_job(
             job._replace(
                 state=state,
@@ -511,19 +512,27 @@ class Shadow:
         own = f"user:{account}"
         for peer, amount, _, _ in earned:
             island, cut = self._island(peer, now_ms), amount * publisher.share_ppm // 1_000_000 if publisher else 0
-            owed[island.payee] = owed.get(island.payee, 0) + amount - cut
-            if publisher:
+            if amount > cut and island.account != account:
+                owed[island.payee] = owed.get(island.payee, 0) + amount - cut
+            if publisher and cut:
                 owed[f"user:{publisher.account}"] = owed.get(f"user:{publisher.account}", 0) + cut
-        shares = tuple((payee, amount) for payee, amount in owed.items() if amount and payee != own)
+        shares = tuple((payee, amount) for payee, amount in owed.items() if payee != own)
         if shares:
             self._post(now_ms, id, own, shares)
         else:
             self._release(now_ms, id, own)
         for peer, amount, _, _ in earned:
             island, cut = self._island(peer, now_ms), amount * publisher.share_ppm // 1_000_000 if publisher else 0
-            if amount and island.payee != own:
+            if amount and island.account != account:
                 self._set("islands", island._replace(earned_micros=island.earned_micros + amount - cut))
         return sum(amount for _, amount in shares)
+
+    def _cost(self, peer: str, amount: int, account: str, cargo: str, now_ms: int) -> int:
+        """What a charge costs: nothing that would go to the account itself."""
+        publisher: PublisherRow | None = self._get("publishers", cargo)
+        cut = amount * publisher.share_ppm // 1_000_000 if publisher else 0
+        to_publisher = cut if publisher and publisher.account != account else 0
+        return to_publisher + (amount - cut if self._island(peer, now_ms).account != account else 0)
 
     def _karma(self, now_ms: int, job_id: str, index: int, peer: str, account: str, compute_ms: int | None) -> None:
         row = before = self._island(peer, now_ms)

@@ -41,6 +41,7 @@ from tests.postgres import PostgresServer
 
 NEVER_MS = 2**50
 NOBODY = 65534
+PATIENCE_S = 60.0
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database_module, "BUSY_TIMEOUT_S", 0.05)
     monkeypatch.setattr(writer_module, "RETRY_S", 0.1)
     monkeypatch.setattr(writer_module, "_RETRY_PAUSE_S", 0.001)
+
+
+@pytest.fixture
+def patient(impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For writers that stand in each other's way and must all come through, on however busy a machine."""
+    monkeypatch.setattr(database_module, "BUSY_TIMEOUT_S", PATIENCE_S)
+    monkeypatch.setattr(writer_module, "RETRY_S", PATIENCE_S)
 
 
 @pytest.fixture
@@ -374,9 +382,9 @@ def test_a_connection_that_the_server_ends(postgres: str, monkeypatch: pytest.Mo
 # Two Coordinators
 
 
-def test_two_writers_of_one_database_lose_nothing(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("patient")
+def test_two_writers_of_one_database_lose_nothing(database_url: str) -> None:
     """Each sees what the other wrote, though both remember rows."""
-    monkeypatch.setattr(database_module, "BUSY_TIMEOUT_S", 5.0)
     with opened(database_url) as one, opened(database_url) as other:
         fund(one, "user:a", 1000)
         answers = [Answers(one), Answers(other)]
@@ -393,6 +401,7 @@ def test_two_writers_of_one_database_lose_nothing(database_url: str, monkeypatch
         assert complaints(other._database) == []
 
 
+@pytest.mark.usefixtures("patient")
 def test_writers_take_turns_and_see_each_other(database_url: str) -> None:
     with opened(database_url) as one, opened(database_url) as other:
         fund(one, "user:a", 1000)
@@ -418,6 +427,7 @@ def test_whoever_writes_writes_alone(database_url: str) -> None:
             pass
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_job_is_paid_once_whoever_believes_to_own_it(database_url: str) -> None:
     """The first owner only slept; another has taken its jobs over. Both settle them at once."""
     with opened(database_url) as one, opened(database_url) as other:
@@ -446,9 +456,9 @@ def test_a_job_is_paid_once_whoever_believes_to_own_it(database_url: str) -> Non
         assert complaints(one._database) == []
 
 
-def test_an_upgrade_is_made_once(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("patient")
+def test_an_upgrade_is_made_once(database_url: str) -> None:
     """Several Coordinators start at once on an empty database."""
-    monkeypatch.setattr(database_module, "BUSY_TIMEOUT_S", 30.0)
     databases: list[Database] = []
     open_it: Callable[[], None] = lambda: databases.append(Database(database_url))  # noqa: E731
     in_threads([open_it] * 4)

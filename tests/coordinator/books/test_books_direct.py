@@ -79,6 +79,22 @@ def test_escrow_of_late_pay_leaves_it_too(books: PlainBooks) -> None:
     assert (before, books.island(ISLAND).earned_micros) == (500, 2000)
 
 
+def test_own_islands_of_a_route_cost_nothing_late_either(books: PlainBooks) -> None:
+    """Two stages, one of them the Consumer's own: what is due later is due to the other alone."""
+    books.do(PairIsland("own", "ann"))
+
+    def stages(amount: int, tokens: int, claim: bool) -> SettleTicket:
+        earned = (Earned("own", amount, 1, b"a"), Earned(ISLAND, amount, 1, b"b"))
+        return SettleTicket("t1", "job", "ann", "echo", earned, tokens, 7, True, is_claim=claim)
+
+    assert books.do(stages(500, 25, claim=False)).paid_micros == 500
+    assert books.do(stages(601, 30, claim=True)).paid_micros == 601
+    assert books.unchanged_by(stages(601, 30, claim=True)).paid_micros == 601
+    assert books.posted(user("ann")) == SIGN_UP_MICROS - 601 and books.posted(escrow(ISLAND)) == 601
+    assert books.posted(escrow("own")) == 0
+    assert {row.island: row.paid_micros for row in books.all_of(RECEIPTS)} == {"own": 0, ISLAND: 601}
+
+
 def test_a_ticket_that_is_not_reported_keeps_its_hold_for_a_while(books: PlainBooks) -> None:
     books.do_all(ShortenHold("t1", "ann", NOON_MS + 60_000), end())
     assert books.hold("t1").expires_at_ms == NOON_MS + 60_000 and books.balance(user("ann"))[1] == LIMIT

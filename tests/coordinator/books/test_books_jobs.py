@@ -407,11 +407,15 @@ def test_parts_are_rounded_for_each_charge(books: PlainBooks) -> None:
     assert [books.posted(escrow(f"p{number}")) for number in range(3)] == [2, 2, 2]
 
 
-def test_nobody_pays_himself(books: PlainBooks) -> None:
-    paired(books, "p1", "ada")
+@pytest.mark.parametrize("karma_milli", [0, EARNING_KARMA_MILLI])
+def test_nobody_pays_himself(books: PlainBooks, karma_milli: int) -> None:
+    """Nor into the escrow of his own young Island."""
+    paired(books, "p1", "ada", karma_milli)
     books.do(SetPublisher("echo", "eve", 100_000))
     books.do(opening())
-    ended = books.do(settle(from_p1(30), Earned("p2", 10 * CREDIT, 1)))
+    ended = books.do(settle(Earned("p1", 30 * CREDIT, 1, b"one"), Earned("p2", 10 * CREDIT, 1, b"two")))
+    assert {record.island: record.paid_micros for record in books.all_of(RECEIPTS)} == {"p1": 3 * CREDIT, "p2": 10 * CREDIT}
+    assert books.posted(escrow("p1")) == 0
     assert ended.price_micros == (3 + 10) * CREDIT, "the publisher's part of both, and the other Island's"
     assert books.posted(EVE) == SIGN_UP_MICROS + 4 * CREDIT
     assert books.posted(ADA) == SIGN_UP_MICROS - 13 * CREDIT
