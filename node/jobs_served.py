@@ -357,7 +357,7 @@ class _Session:
         else:
             counts.failed += 1
         try:
-            self._say(JobFailed(job, error.code, error.message[: limits.TEXT_CHARS_MAX]))
+            self._say(JobFailed(job, error.code, checks.made_printable(error.message)))
         except LinkLost as lost:
             log.debug("job %d failed after its stream was lost: %s", job, lost)
 

@@ -169,7 +169,7 @@ class JobFailed:
 
     def __post_init__(self) -> None:
         _job(self.job)
-        checks.at_most("message", self.message, limits.TEXT_CHARS_MAX)
+        checks.printable("message", self.message, limits.TEXT_CHARS_MAX)
 
 
 @JOB.message(7)

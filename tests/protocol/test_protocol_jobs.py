@@ -332,3 +332,9 @@ def _say_something(pair: Pair, alive: dict[int, int], chance: random.Random) -> 
     tokens = chance.randint(1, 3)
     pair.say(message(kind, job, alive[job], tokens))
     alive[job] += tokens if kind is JobChunk else 0
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "a\0b", "\x1b[31mred", "\ud800", "x" * (limits.TEXT_CHARS_MAX + 1)])
+def test_what_an_island_says_of_a_failure_may_stand_on_a_terminal(text: str) -> None:
+    with pytest.raises(ValueError, match="message"):
+        JobFailed(1, Code.INTERNAL, text)
