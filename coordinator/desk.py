@@ -1,10 +1,10 @@
 """The desk: every request comes here, gets a bid, a hold and a job in the books, runs, and is paid for.
 
 Theory of operation. ``open`` writes the job and reserves the most that it may cost; ``perform`` runs it and settles it. Where the account
-is known to have many times the bid, an Island may begin while that is written; nothing it says is told before the hold is on disk. The
-last result of a job is told only after it is paid for, so the answer's last byte never leaves before the charge is on disk. However a job
-ends, its hold resolves once: a success pays the Islands' receipts, as far as our own count, the ask that the job was placed at and the
-limit bear them out; a Consumer who leaves a stream pays what was delivered; a failure costs nothing.
+is known to have many times the bid, an Island may begin before that is written (openings.py); nothing it says is told before the hold is
+on disk. The last result of a job is told only after it is paid for, so the answer's last byte never leaves before the charge is on disk.
+However a job ends, its hold resolves once: a success pays the Islands' receipts, as far as our own count, the ask that the job was placed
+at and the limit bear them out; a Consumer who leaves a stream pays what was delivered; a failure costs nothing.
 
 Rules. A job is settled by the run of the Coordinator that owns it, and by nobody else: where the books say that it was taken over, the
 answer ends with an error instead of a second bill. A request that comes again (same idempotency key, or a client's retry of the same
@@ -27,7 +27,6 @@ from coordinator.books.books import Books
 from coordinator.books.errors import BooksRefused, BooksUnavailable, Why
 from coordinator.books.jobs import Earned, Job, JobState, OpenJob, Outcome, Placed, SettleJob, StartJob
 from coordinator.books.ledger import Refund
-from coordinator.books.writer import Pending
 from coordinator.charging import agreed_ask, earned_of, owed_for_delivered
 from coordinator.dispatch import Dispatcher, Emit
 from coordinator.exchange.bids import Bid, Work
@@ -35,6 +34,7 @@ from coordinator.exchange.quotes import Quote, QuoteRefused
 from coordinator.exchange.rates import Clearing
 from coordinator.jobs import Accepted, ChoiceResult, Event, JobSpec, Meter, Replayed, Settled, Text
 from coordinator.matching import explanation
+from coordinator.openings import Opening, Openings
 from coordinator.transcript import Transcript, replay
 from privacy.sealed_rows import NONCE_BYTES, RowSealer, SealBroken
 from protocol import checks, limits
@@ -44,7 +44,6 @@ log = logging.getLogger(__name__)
 
 HOLD_SLACK_S = 3600.0  # a hold outlives the longest job by this; then nobody will settle it any more
 UNSETTLED_MAX = 10_000  # jobs that wait for the books to come back; their holds release themselves beyond that
-COVERED_TIMES = 8  # an account that has so many times a bid is trusted for the millisecond that its hold takes
 POLL_S = 0.25  # how often a job that another Coordinator runs is looked at
 
 
@@ -103,31 +102,36 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A job in the books, and the spec to run it by; or, with ``earlier``, the answer of the request's first try. ``opening``: the job is
-    on its way into the books."""
+    """A job in the books, and the spec to run it by; or, with ``earlier``, the answer of the request's first try. ``opening``: the job has
+    still to come into the books."""
 
     job: Job
     spec: JobSpec
     quote: Quote | None = None
     earlier: tuple[Event, ...] | None = None
-    opening: Pending | None = None
+    opening: Opening | None = None
 
 
 @dataclass(slots=True)
 class LiveJob:
-    """A job that this Coordinator runs now. ``opening``: until it is in the books. ``is_lost``: they say that it is another's by now."""
+    """A job that this Coordinator runs now. ``opening``: until it is in the books. ``is_lost``: they say that it is another's by now.
+    ``was_read``: somebody has watched its words come."""
 
     job: Job
-    opening: Pending | None = None
+    opening: Opening | None = None
     is_lost: bool = False
+    was_read: bool = False
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     ended: trio.Event = field(default_factory=trio.Event)
 
     async def wait_open(self) -> None:
         """Raises BooksRefused or BooksUnavailable where it has not come into the books."""
-        if self.opening is not None:
-            (self.job,) = await self.opening.wait()
-            self.opening = None
+        opening = self.opening
+        if opening is None:
+            return
+        job = await opening.wait()
+        if self.opening is opening:  # or else it was settled at the same time
+            self.job, self.opening = job, None
 
     async def opening_over(self) -> None:
         """Whatever came of it: others hear that."""
@@ -164,6 +168,7 @@ class Desk:
         self.me, self._clock_ms, self._random_bytes = me, clock_ms, random_bytes
         self._job_timeout_s, self._retry_window_s = job_timeout_s, retry_window_s
         self.live: dict[str, LiveJob] = {}
+        self.openings = Openings(books)
         self._unsettled: deque[SettleJob] = deque()
         self.replayed = 0
         self.taken_over = 0
@@ -214,7 +219,7 @@ class Desk:
         opening = self._opening(order, bid_micros, source, floor)
         if self._may_run_meanwhile(order, bid_micros):
             opened = self._opened(order, opening.job, quote)
-            return replace(opened, opening=self.books.begin(replace(opening, floor_micros=None)))
+            return replace(opened, opening=self.openings.put(replace(opening, floor_micros=None)))
         while True:
             job = await self.books.do(opening)
             if job.id == order.spec.job_id:
@@ -230,7 +235,7 @@ class Desk:
 
     def _may_run_meanwhile(self, order: Order, bid_micros: int) -> bool:
         """Whether an Island may begin while the hold is written: nobody waits for the books' word, and they will hardly say no."""
-        return not (order.input or order.idempotency_key) and self.books.probably_has(order.account, COVERED_TIMES * bid_micros)
+        return not (order.input or order.idempotency_key) and self.openings.covers(order.account, bid_micros)
 
     async def _quote(self, order: Order) -> Quote | None:
         if not order.quote_id:
@@ -350,7 +355,8 @@ class Desk:
 
         async def keep(event: Event) -> None:
             transcript.add(event)
-            await live.wait_open()  # nothing reaches the Consumer before the hold is on disk
+            if order.delivers:
+                await live.wait_open()  # nothing reaches the Consumer before the hold is on disk
             if isinstance(event, ChoiceResult):
                 meter.choice(event.choice).ended_s = trio.current_time()
             if order.input and (state := _entered(event, live.job.state)) is not None:
@@ -438,7 +444,7 @@ class Desk:
             return
         with trio.CancelScope(shield=True):
             earned: list[Earned] = []
-            if order.delivers:
+            if order.delivers or live.was_read:
                 limit, now_s = live.job.bid_micros // len(order.spec.choices), trio.current_time()
                 ended = {result.choice: result for result in transcript.results}
                 for index, metered in meter.choices.items():
@@ -455,11 +461,17 @@ class Desk:
                 log.warning("job %s was not settled: %s", live.job.id, error)
 
     async def _settle(self, live: LiveJob, outcome: Outcome, earned: tuple[Earned, ...], failed: tuple[str, ...]) -> Job:
-        await live.wait_open()
+        opening = live.opening
+        if opening is None or not opening.waits:
+            await live.wait_open()
         job, me = live.job, self.me
         settling = SettleJob(job.id, job.account, job.cargo, me.owner, me.boot, outcome, earned, failed)
         try:
-            live.job = await self.books.do(settling)
+            if live.opening is None:
+                live.job = await self.books.do(settling)
+            else:
+                _, live.job = await self.openings.join(live.opening, settling).wait()
+                live.opening = None
         except BooksUnavailable:
             if len(self._unsettled) < UNSETTLED_MAX:
                 self._unsettled.append(settling if job.can_rerun or outcome.state is not JobState.SUCCEEDED else _unpaid(settling))
@@ -518,6 +530,12 @@ class Desk:
             return False
         live.scope.cancel()
         return True
+
+    def note_read(self, job_id: str) -> None:
+        """Words of a job that runs here have reached its account: they count, whatever becomes of the rest."""
+        live = self.live.get(job_id)
+        if live is not None:
+            live.was_read = True
 
     def _seal(self, value: bytes, job_id: str) -> bytes:
         return self._sealer.seal(value, job_id, self._random_bytes(NONCE_BYTES))

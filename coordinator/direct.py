@@ -5,8 +5,14 @@ may use it and how often that peer has to sign what it received. Whoever reports
 receipt and his own last count, or the Island, with its receipt and the last count that it was given. Either way it is paid for what was
 counted and signed, by the ask that the ticket was issued at, never above its limit.
 
-Rules. What was not signed is not paid: a receipt alone proves nothing, since the Consumer may never have got the tokens. A place on an
-Island is given back when the bridge says so, when the ticket is settled, or when the ticket has expired.
+Rules. What was not signed is not paid: a receipt alone proves nothing, since the Consumer may never have got the tokens. Where a job goes
+on elsewhere, its broken attempt is settled before the next ticket is granted, by the count that the bridge says with PlaceFreed; the next
+ticket's limit is cut to what the bid then leaves. So the bid holds for whoever says what he got. Who says less is found out by the Island's
+claim, and pays that beside his bid.
+
+A Consumer's word alone harms no Island. An Island has failed where the Coordinator sees that it has gone too, in the middle of an answer:
+it is not paid for that part, as on the Coordinator's own path, and loses karma once in each of its runs. Or where the Consumer says that
+its worker died, and has paid for what came before.
 """
 
 from __future__ import annotations
@@ -14,8 +20,8 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -29,25 +35,28 @@ from coordinator.books.direct import (
     ShortenHold,
     TicketRecord,
     TicketState,
+    left_of,
 )
 from coordinator.books.errors import BooksRefused, BooksUnavailable, Why
-from coordinator.books.jobs import Earned, Job, JobState
+from coordinator.books.jobs import Job, JobState
 from coordinator.desk import Identity
+from coordinator.direct_due import Due, due_of, settling, unused
 from coordinator.direct_keys import DirectKeys
+from coordinator.direct_places import Ended, JobNotes, Notes, Place, Places, ended_of
 from coordinator.direct_port import ClaimOutcome
-from coordinator.exchange.bids import Work
+from coordinator.exchange.bids import Bid, BidSource, Work
 from coordinator.exchange.parsing import parse_bid
-from coordinator.exchange.quotes import Quote, QuoteRefused, charge
+from coordinator.exchange.quotes import Quote, QuoteRefused
 from coordinator.http.errors import ApiError, bad_request, from_books, from_quote, unavailable
 from coordinator.market import MarketShell
 from coordinator.matching import Candidate, Wish, explanation
 from coordinator.pipelines import Pipelines
 from coordinator.placement import Placement, Placer
 from coordinator.regions import Residency, parse_policy
-from coordinator.tickets import TicketIssuer
+from coordinator.tickets import TicketIssuer, count_every
 from privacy.keys import cache_salt
 from protocol import limits
-from protocol.counts import check_count_of_ticket, read_count
+from protocol.book import Book
 from protocol.direct import (
     Attempt,
     Claim,
@@ -63,95 +72,31 @@ from protocol.direct import (
     TicketGranted,
     TicketWanted,
 )
-from protocol.errors import RemoteProtocolError
+from protocol.errors import Code, RemoteProtocolError
 from protocol.messages import RouteBroken
-from protocol.prices import Ask
-from protocol.receipts import Receipt, check_receipt_of_ticket, read_receipt
-from protocol.tickets import Ticket, read_ticket, ticket_hash
+from protocol.tickets import Ticket, peek_ticket, read_ticket, ticket_hash
 
 log = logging.getLogger(__name__)
 
 _KIND_CHARS = 16
 UNREPORTED_MS = 60_000  # so long the hold of a ticket stays of which the Consumer says nothing; then what he has pays a claim
-PLACES_MAX = 20_000  # tickets of direct jobs that hold a place at once
+TEND_S = 1.0  # how often places are looked through that nobody needs any more
+_LOST_LOOK_S = 0.05
+_LOST = frozenset({Code.LINK_LOST, Code.LEASE_LOST})
 
 
-@dataclass(slots=True)
-class _Place:
-    """A place that a ticket has taken. ``candidate``: its route as it is now; ``hashes``: of the ticket, and of those of mended routes."""
-
-    placement: Placement
-    candidate: Candidate
-    holder: str
-    job_id: str
-    wish: Wish
-    salt: bytes
-    expires_s: float
-    hashes: list[bytes]
+class _HasTickets(Exception):
+    """The job is new to this Coordinator, and the books know it: another Coordinator, or an earlier run, has begun it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Due:
-    """What a ticket has earned, and for how many tokens."""
+class _Terms:
+    """What a ticket may cost. ``left_micros``: of the job's bid."""
 
-    earned: tuple[Earned, ...]
-    tokens: int
-    prompt_tokens: int
-    succeeded: bool
-
-
-def due_of(ticket: Ticket, ask: Ask, attempt: Attempt | Claim, now_ms: int) -> Due:
-    """What is to be paid for a ticket by receipt and count, both of which may be missing.
-
-    Raises RemoteProtocolError (SignatureError) for a receipt or a count that is forged, altered, or of another job.
-    """
-    hash_of_ticket = ticket_hash(attempt.ticket)
-    tokens = 0
-    if attempt.count:
-        count = read_count(attempt.count)
-        check_count_of_ticket(count, ticket, hash_of_ticket)
-        tokens = count.tokens
-    receipt = _receipt(ticket, attempt, hash_of_ticket)
-    if receipt is None:
-        elapsed_ms = max(0, now_ms - ticket.issued_at_ms)
-        price = min(ask.price(tokens, elapsed_ms), ticket.price_limit_micros) if tokens else 0
-        return Due(_split(ticket, ask, price, 0, b""), tokens, 0, False)
-    if not attempt.count:
-        return Due((), 0, receipt.prompt_tokens, False)  # nothing of it was signed, not even that there was nothing
-    paid_tokens = min(tokens, receipt.sent_tokens)
-    whole = paid_tokens == receipt.sent_tokens
-    if not paid_tokens and not whole:
-        return Due((), 0, receipt.prompt_tokens, False)
-    compute_ms = min(receipt.compute_ms, max(0, now_ms - ticket.issued_at_ms))
-    price = charge(ask, ticket.price_limit_micros, paid_tokens, compute_ms, receipt.price_micros)
-    return Due(_split(ticket, ask, price, compute_ms, attempt.receipt), paid_tokens, receipt.prompt_tokens, whole)
-
-
-def _receipt(ticket: Ticket, attempt: Attempt | Claim, hash_of_ticket: bytes) -> Receipt | None:
-    if not attempt.receipt:
-        return None
-    receipt = read_receipt(attempt.receipt)
-    if receipt.ticket_hash != hash_of_ticket:
-        raise RemoteProtocolError("the receipt is for another job")
-    check_receipt_of_ticket(receipt, ticket)
-    return receipt
-
-
-def _split(ticket: Ticket, ask: Ask, price: int, compute_ms: int, receipt: bytes) -> tuple[Earned, ...]:
-    """By what the stages ask, the driver taking what rounding leaves; all to the one Island where there are no stages."""
-    if not price and not receipt:
-        return ()
-    if not ticket.stages:
-        return (Earned(ticket.driver, price, compute_ms, receipt),)
-    asked = [stage.ask.price(1000, 1000) for stage in ticket.stages]
-    total = sum(asked) or 1
-    amounts = [price * part // total for part in asked]
-    amounts[-1] += price - sum(amounts)
-    driver = len(amounts) - 1
-    return tuple(
-        Earned(peer, amount, compute_ms // len(amounts), receipt if index == driver else b"")
-        for index, (peer, amount) in enumerate(zip(ticket.route, amounts, strict=True))
-    )
+    bid_micros: int
+    source: BidSource | str
+    left_micros: int
+    quote: Quote | None = None
 
 
 class DirectBooks:
@@ -168,41 +113,155 @@ class DirectBooks:
         salt_secret: bytes,
         clock_ms: Callable[[], int],
         addresses: Callable[[str], tuple[str, ...]],
+        book: Callable[[], Book],
         pipelines: Pipelines | None = None,
     ) -> None:
-        """``addresses(peer)``: where an Island is reached, as its ad says."""
+        """``addresses(peer)``: where an Island is reached, as its ad says. ``book()``: which Islands are there now."""
         self._pipelines = pipelines
         self._books, self._placer, self._market, self._issuer, self._keys = books, placer, market, issuer, keys
-        self._me, self._salt_secret, self._clock_ms, self._addresses = me, salt_secret, clock_ms, addresses
-        self._places: dict[bytes, _Place] = {}
-        self._failed: dict[str, dict[str, int]] = {}  # job -> Islands that failed it, and the ads that do not count any more
-        self._known: dict[str, None] = {}  # jobs that have had a ticket: another one is no new request
+        self._me, self._salt_secret, self._clock_ms, self._addresses, self._book = me, salt_secret, clock_ms, addresses, book
+        self._places, self._notes = Places(placer), Notes()
+        self._blamed: dict[str, int] = {}  # Island -> its run that has failed, which it can do once by going
         self.granted = self.settled = self.claimed = 0
 
     def __repr__(self) -> str:
-        return f"<DirectBooks {len(self._places)} places, {self.granted} granted, {self.settled} settled, {self.claimed} claimed>"
+        return f"<DirectBooks {self._places!r}, {self.granted} granted, {self.settled} settled, {self.claimed} claimed>"
+
+    async def run(self) -> None:
+        """Frees places that nobody needs any more. Runs until cancelled."""
+        while True:
+            await trio.sleep(TEND_S)
+            self._places.tend(trio.current_time())
 
     # ---- tickets
 
     async def grant(self, wanted: TicketWanted, holder: str) -> TicketGranted:
-        is_new = wanted.job_id not in self._known
-        key, standing = await self._keys.admit(wanted.api_key, "write", holder, counts=is_new)
-        self._free_expired()
-        if len(self._places) >= PLACES_MAX:
-            raise ApiError(503, "too many tickets are open", code="no_capacity", kind="server_error", headers={"Retry-After": "2"})
-        work = Work(wanted.prompt_tokens, wanted.output_tokens, wanted.choices, self._issuer.job_s_max)
-        quote = await self._quote(key.account, wanted, work)
-        bid = quote.price_micros if quote is not None else await self._bid(key.account, wanted, work)
-        wish = self._wish(wanted, key.account, bid // wanted.choices, quote)
+        known = self._notes.get(holder, wanted.job_id)
+        key, standing = await self._keys.admit(wanted.api_key, "write", holder, counts=known is None or known.is_beyond)
+        notes = self._notes.of(holder, wanted.job_id, wanted.choices)
+        notes.asked += 1
+        self._places.tend(trio.current_time())
+        self._places.check_room(key.account)
+        try:
+            return await self._grant(wanted, holder, key.account, notes, standing)
+        except _HasTickets:
+            notes.granted += 1
+            return await self._grant(wanted, holder, key.account, notes, standing)
+
+    async def _grant(
+        self, wanted: TicketWanted, holder: str, account: str, notes: JobNotes, standing: RateStanding
+    ) -> TicketGranted:
+        terms = await self._terms(wanted, holder, account, notes)
+        wish = self._wish(wanted, account, terms, notes)
         wait_s = wanted.wait_ms / 1000
         placement = await self._placer.place(wish, wait_s, min(wait_s, limits.ISLAND_WAIT_S))
         try:
-            return await self._issue(wanted, holder, key.account, wish, placement, quote, standing)
+            async with notes.lock:
+                return await self._issue(wanted, holder, wish, placement, terms, notes, standing)
         except BaseException:
             self._placer.release(placement)
             raise
 
-    async def _bid(self, account: str, wanted: TicketWanted, work: Work) -> int:
+    async def _terms(self, wanted: TicketWanted, holder: str, account: str, notes: JobNotes) -> _Terms:
+        """By the job's row, where it has one: a bid is made once, and a quote that was good then is."""
+        found = await self._settled_so_far(wanted, holder, account, notes) if notes.granted else None
+        if found is not None:
+            job, records = found
+            quote = await self._promised(job)
+            return _Terms(job.bid_micros, job.bid_source, left_of(job, records), quote)
+        work = Work(wanted.prompt_tokens, wanted.output_tokens, wanted.choices, self._issuer.job_s_max)
+        quote = await self._quote(account, wanted, work)
+        if quote is not None:
+            return _Terms(quote.price_micros, "quote", quote.price_micros, quote)
+        bid = await self._bid(account, wanted, work)
+        return _Terms(bid.micros, bid.source, bid.micros)
+
+    async def _promised(self, job: Job) -> Quote | None:
+        try:
+            return await self._market.promised(job.quote_id) if job.quote_id else None
+        except BooksUnavailable as error:
+            raise unavailable(str(error)) from error
+
+    async def _settled_so_far(
+        self, wanted: TicketWanted, holder: str, account: str, notes: JobNotes
+    ) -> tuple[Job, list[TicketRecord]] | None:
+        """The job, once those of its tickets are settled that are over; None where the books do not know it."""
+        found = await self._look(wanted.job_id, holder)
+        if found is None:
+            return None
+        job, records = found
+        if job.account != account:
+            raise from_books(BooksRefused(Why.NO_JOB, f"there is no job {job.id}"))
+        changes = await self._over(records, notes)
+        if not changes:
+            return found
+        try:
+            await self._books.do_all(*changes)
+        except BooksRefused as refused:
+            raise from_books(refused) from None
+        except BooksUnavailable as error:
+            raise unavailable(str(error)) from error
+        for change in changes:
+            self._places.forget(bytes.fromhex(change.id))
+        return await self._look(wanted.job_id, holder)
+
+    async def _look(self, job_id: str, holder: str) -> tuple[Job, list[TicketRecord]] | None:
+        try:
+            return await self._books.ask(direct_queries.job_of, job_id, holder)
+        except BooksUnavailable as error:
+            raise unavailable(str(error)) from error
+
+    async def _over(self, records: Sequence[TicketRecord], notes: JobNotes) -> list[SettleTicket]:
+        """What settles those open tickets that are in nobody's use: whoever asks for another one has as many in use as there are other
+        choices, at most. Those that he has not heard of, since the stream was lost with the answer, are freed with the oldest."""
+        standing = [record for record in records if record.state is TicketState.OPEN]
+        told = {record.id: notes.ended[record.id] for record in standing if record.id in notes.ended}
+        whole = [id for id, ended in told.items() if ended.count and not ended.outcome]
+        changes = [
+            await self._broken_off(record, told[record.id]) if told[record.id].count else unused(record)
+            for record in standing
+            if record.id in told and record.id not in whole
+        ]
+        silent = [record for record in standing if record.id not in told]
+        others = max(0, notes.choices - 1 - len(whole))
+        return changes + [unused(record) for record in silent[: max(0, len(silent) - others)]]
+
+    async def _broken_off(self, record: TicketRecord, ended: Ended) -> SettleTicket:
+        """What settles a ticket whose answer broke off behind some tokens."""
+        ticket = peek_ticket(ended.ticket)
+        if await self._is_gone(ticket, ended):
+            failed = () if self._blamed.get(ticket.driver) == ticket.boots[-1] else (ticket.driver,)
+            self._blame(ticket)
+            return settling(record, Due((), 0, 0, False), is_claim=False, failed=failed, is_broken=True)
+        due = due_of(ticket, record.ask, Attempt(ended.ticket, b"", ended.count), self._clock_ms())
+        is_paid = any(earned.amount for earned in due.earned)
+        if ended.outcome != Code.WORKER_DIED or not is_paid:
+            return settling(record, due, is_claim=False)
+        self._placer.standing.failed(ticket.driver, trio.current_time())
+        return settling(record, due, is_claim=False, failed=(ticket.driver,))
+
+    async def _is_gone(self, ticket: Ticket, ended: Ended) -> bool:
+        """Whether we see ourselves what the Consumer says: that the Island has left in the middle of an answer. Of a pipeline the other
+        stages may have done their part."""
+        if ended.outcome not in _LOST or not ended.tokens or ticket.stages:
+            return False
+        with trio.move_on_after(limits.DESK_LOST_WAIT_S):
+            while self._runs(ticket):
+                await trio.sleep(_LOST_LOOK_S)
+        return not self._runs(ticket)
+
+    def _runs(self, ticket: Ticket) -> bool:
+        entry = self._book().entries.get(ticket.driver)
+        return entry is not None and entry.ad.boot == ticket.boots[-1]
+
+    def _blame(self, ticket: Ticket) -> None:
+        self._placer.standing.failed(ticket.driver, trio.current_time())
+        self._blamed.pop(ticket.driver, None)
+        self._blamed[ticket.driver] = ticket.boots[-1]
+        if len(self._blamed) > limits.BOOK_PEERS_MAX:
+            del self._blamed[next(iter(self._blamed))]
+
+    async def _bid(self, account: str, wanted: TicketWanted, work: Work) -> Bid:
         try:
             explicit = parse_bid(wanted.bid) if wanted.bid else None
         except ValueError as error:
@@ -211,7 +270,7 @@ class DirectBooks:
             bid, _ = await self._market.bid(account, wanted.cargo, work, explicit)
         except BooksUnavailable as error:
             raise unavailable(str(error)) from error
-        return bid.micros
+        return bid
 
     async def _quote(self, account: str, wanted: TicketWanted, work: Work) -> Quote | None:
         if not wanted.quote:
@@ -223,9 +282,9 @@ class DirectBooks:
         except BooksUnavailable as error:
             raise unavailable(str(error)) from error
 
-    def _wish(self, wanted: TicketWanted, account: str, limit_micros: int, quote: Quote | None) -> Wish:
-        now_s = trio.current_time()
-        failed = self._failed.get(wanted.job_id, {})
+    def _wish(self, wanted: TicketWanted, account: str, terms: _Terms, notes: JobNotes) -> Wish:
+        now_s, failed = trio.current_time(), notes.failed
+        delivered = min(notes.delivered_tokens, wanted.output_tokens - 1)  # nobody sends them again
         return Wish(
             wanted.cargo,
             wanted.prompt_tokens + wanted.output_tokens,
@@ -235,66 +294,62 @@ class DirectBooks:
             wanted.context_over,
             {one.peer: max(one.sequence, failed.get(one.peer, 0)) for one in wanted.excluded if not one.rest_ms},
             {one.peer: now_s + one.rest_ms / 1000 for one in wanted.excluded if one.rest_ms},
-            prompt_tokens=wanted.prompt_tokens,
-            output_tokens=wanted.output_tokens,
-            price_max_micros=limit_micros,
+            prompt_tokens=wanted.prompt_tokens + delivered,
+            output_tokens=wanted.output_tokens - delivered,
+            price_max_micros=min(terms.bid_micros // wanted.choices, terms.left_micros),
             policy=_policy(wanted.policy),
             priority=wanted.priority,
             account=account,
             job_s_max=self._issuer.job_s_max,
-            island=quote.island if quote is not None else "",
+            island=terms.quote.island if terms.quote is not None else "",
         )
+
+    def _count_every(self, candidate: Candidate) -> int:
+        """By the speed that was measured here, or else the one that the Island claims: what is risked is its own."""
+        offer = candidate.offer
+        measured = self._placer.standing.tokens_per_s(candidate.island, offer.name, trio.current_time())
+        return count_every(measured or offer.tokens_per_s)
 
     async def _issue(
         self,
         wanted: TicketWanted,
         holder: str,
-        account: str,
         wish: Wish,
         placement: Placement,
-        quote: Quote | None,
+        terms: _Terms,
+        notes: JobNotes,
         standing: RateStanding,
     ) -> TicketGranted:
-        candidate, now_ms = placement.candidate, self._clock_ms()
+        candidate, account = placement.candidate, wish.account
         salt = cache_salt(self._salt_secret, account)
         # stages tell the sequences of jobs apart by the job's id, so choices of one request need ids of their own there
         several = candidate.plan is not None and wanted.choices > 1
         job_id = f"{wanted.job_id}.{secrets.token_hex(4)}" if several else wanted.job_id
-        envelope = self._issuer.issue(job_id, candidate, wish, salt, holder, limits.COUNT_EVERY_TOKENS)
-        ticket = read_ticket(envelope)
-        ask = quote.ask if quote is not None and quote.island == candidate.island else candidate.offer.ask
-        record = TicketRecord(
-            id=ticket_hash(envelope).hex(),
-            job_id=wanted.job_id,
-            account=account,
-            cargo=wanted.cargo,
-            island=candidate.island,
-            ask_per_job=ask.per_job,
-            ask_per_1k_output=ask.per_1k_output,
-            ask_per_second=ask.per_second,
-            limit_micros=ticket.price_limit_micros,
-            state=TicketState.OPEN,
-            paid_micros=0,
-            paid_tokens=0,
-            issued_at_ms=now_ms,
-        )
-        job = self._job(wanted, holder, account, now_ms)
-        expires_at_ms = ticket.expires_at_ms + int(limits.CLAIM_LIFETIME_S * 1000)
+        envelope = self._issuer.issue(job_id, candidate, wish, salt, holder, self._count_every(candidate))
+        record = _record(envelope, wanted, account, candidate, terms.quote, self._clock_ms())
+        why = json.dumps(explanation(placement.choice), separators=(",", ":"))
+        await self._write(self._job(wanted, holder, account, terms, record.issued_at_ms), record, why, notes)
+        key = bytes.fromhex(record.id)
+        notes.granted += 1
+        self.granted += 1
+        expires_s = trio.current_time() + limits.TICKET_LIFETIME_S
+        self._places.add(Place(placement, candidate, envelope, holder, account, job_id, wish, salt, expires_s, [key]))
+        return self._granted(wanted.request, envelope, candidate, why, standing)
+
+    async def _write(self, job: Job, record: TicketRecord, why: str, notes: JobNotes) -> None:
+        """The ticket, and the job where it is the first. Raises ApiError, _HasTickets."""
+        found = await self._look(job.id, job.holder) if notes.granted else None
+        others = tuple(other.id for other in found[1]) if found is not None else ()
+        region = self._placer.region_of(record.island)
+        granting = GrantTicket(record, _ends_ms(record), region, why, others)
         try:
-            await self._books.do_all(OpenDirectJob(job), GrantTicket(record, expires_at_ms))
+            await self._books.do_all(OpenDirectJob(job), granting)
         except BooksRefused as refused:
-            raise ApiError(409, refused.message, code="job_over") if refused.why is Why.STATE else from_books(refused) from None
+            if refused.why is Why.DIFFERS and not notes.granted:
+                raise _HasTickets from None
+            raise _not_granted(refused) from None
         except BooksUnavailable as error:
             raise unavailable(str(error)) from error
-        expires_s = trio.current_time() + limits.TICKET_LIFETIME_S
-        key = bytes.fromhex(record.id)
-        self._known[wanted.job_id] = None
-        if len(self._known) > PLACES_MAX:
-            del self._known[next(iter(self._known))]
-        self._places[key] = _Place(placement, candidate, holder, job_id, wish, salt, expires_s, [key])
-        self.granted += 1
-        why = json.dumps(explanation(placement.choice), separators=(",", ":"))
-        return self._granted(wanted.request, envelope, candidate, why, standing)
 
     def _granted(
         self, request: int, envelope: bytes, candidate: Candidate, why: str, standing: RateStanding
@@ -314,19 +369,17 @@ class DirectBooks:
 
     async def mend(self, wanted: MendWanted, holder: str) -> TicketGranted:
         """The receipt and the counts go on naming the first ticket, so the mended route needs no hold of its own."""
-        place = self._places.get(wanted.ticket_hash)
-        if place is None or place.holder != holder or self._pipelines is None:
+        place = self._places.get(wanted.ticket_hash, holder)
+        if place is None or self._pipelines is None:
             raise ApiError(404, "there is no such ticket", code="unknown_job")
         report = RouteBroken(1, wanted.index, wanted.boot, wanted.code, wanted.message)
         place.candidate = await self._pipelines.mend(place.candidate, report)
-        envelope = self._issuer.issue(
-            place.job_id, place.candidate, place.wish, place.salt, holder, limits.COUNT_EVERY_TOKENS
-        )
-        place.hashes.append(ticket_hash(envelope))
-        self._places[place.hashes[-1]] = place
+        every = self._count_every(place.candidate)
+        envelope = self._issuer.issue(place.job_id, place.candidate, place.wish, place.salt, holder, every)
+        self._places.mended(place, ticket_hash(envelope))
         return self._granted(wanted.request, envelope, place.candidate, "", RateStanding())
 
-    def _job(self, wanted: TicketWanted, holder: str, account: str, now_ms: int) -> Job:
+    def _job(self, wanted: TicketWanted, holder: str, account: str, terms: _Terms, now_ms: int) -> Job:
         return Job(
             id=wanted.job_id,
             account=account,
@@ -334,8 +387,8 @@ class DirectBooks:
             kind=wanted.kind[:_KIND_CHARS],
             state=JobState.SUBMITTED,
             priority=wanted.priority,
-            bid_micros=0,
-            bid_source="explicit" if wanted.bid else "market",
+            bid_micros=terms.bid_micros,
+            bid_source=str(terms.source),
             owner=self._me.owner,
             owner_boot=self._me.boot,
             created_at_ms=now_ms,
@@ -344,34 +397,24 @@ class DirectBooks:
             holder=holder,
         )
 
-    def freed(self, freed: PlaceFreed, holder: str) -> None:
-        place = self._places.get(freed.ticket_hash)
-        if place is None or place.holder != holder:
-            return
-        if freed.outcome:
-            # taking this very job has changed the Island's room, and so made it send a newer ad than the bridge knows
-            failed = self._failed.setdefault(freed.job_id, {})
-            failed[place.placement.island] = self._placer.newest_sequence(place.placement.island)
-            if len(self._failed) > PLACES_MAX:
-                del self._failed[next(iter(self._failed))]
-        self._free(freed.ticket_hash)
+    def opened(self, holder: str) -> None:
+        self._places.opened(holder)
 
-    def _free(self, hash_of_ticket: bytes) -> None:
-        place = self._places.get(hash_of_ticket)
+    def closed(self, holder: str) -> None:
+        self._places.closed(holder, trio.current_time())
+
+    def freed(self, freed: PlaceFreed, holder: str) -> None:
+        place = self._places.get(freed.ticket_hash, holder)
         if place is None:
             return
-        for known in place.hashes:
-            self._places.pop(known, None)
-        self._placer.release(place.placement)
-
-    def _free_expired(self) -> None:
-        """Tickets expire in the order in which they were issued."""
-        now_s = trio.current_time()
-        while self._places:
-            hash_of_ticket, place = next(iter(self._places.items()))
-            if place.expires_s > now_s:
-                return
-            self._free(hash_of_ticket)
+        notes = self._notes.of(holder, place.job_id.partition(".")[0], 1)
+        key = place.hashes[0]
+        if key.hex() not in notes.ended:  # whoever says it twice has said it once
+            notes.ended[key.hex()] = ended_of(place.ticket, key, freed)
+        if freed.outcome:
+            # taking this very job has changed the Island's room, and so made it send a newer ad than the bridge knows
+            notes.failed[place.placement.island] = self._placer.newest_sequence(place.placement.island)
+        self._places.free(place)
 
     # ---- settling
 
@@ -390,21 +433,47 @@ class DirectBooks:
             if not records:
                 raise ApiError(404, f"there is no job {job_id}", code="unknown_job")
             by_hash = {ticket_hash(attempt.ticket).hex(): attempt for attempt in attempts}
-            changes = [self._reported(record, by_hash.get(record.id)) for record in records if record.state is TicketState.OPEN]
+            notes = self._notes.get(holder, job_id)
+            told = notes.ended if notes is not None else {}
+            standing = [record for record in records if record.state is TicketState.OPEN]
+            changes = [await self._last_word(record, by_hash.get(record.id), told.get(record.id)) for record in standing]
             ending = EndDirectJob(job_id, records[0].account, holder, state, code)
             job, balance = (await self._books.do_all(*changes, ending))[-1]
+            if await self._pay_freed(records, by_hash):
+                job, balance = await self._books.do(ending)
         except BooksRefused as refused:
             raise from_books(refused) from None
         except BooksUnavailable as error:
             raise unavailable(str(error)) from error
         self.settled += 1
-        self._failed.pop(job_id, None)
-        self._known.pop(job_id, None)
+        self._notes.forget(holder, job_id)
         return JobBilled(request, job.price_micros, balance)
 
-    def _reported(self, record: TicketRecord, attempt: Attempt | None) -> SettleTicket | ShortenHold:
+    async def _pay_freed(self, records: Sequence[TicketRecord], attempts: Mapping[str, Attempt]) -> int:
+        """Tickets that were freed for want of a word, and are reported all the same: paid out of what the bid leaves. How many."""
+        paid = 0
+        for record in records:
+            attempt = attempts.get(record.id)
+            if record.state is TicketState.FREED and attempt is not None and attempt.count:
+                late = self._reported(record, attempt)
+                assert isinstance(late, SettleTicket)
+                try:
+                    await self._books.do(replace(late, is_claim=True, is_within_bid=True))
+                    paid += 1
+                except BooksRefused as refused:
+                    log.info("a reported ticket is left to its Island's claim: %s", refused)
+        return paid
+
+    async def _last_word(
+        self, record: TicketRecord, attempt: Attempt | None, ended: Ended | None
+    ) -> SettleTicket | ShortenHold:
         """What the Consumer's word on a ticket changes. Raises ApiError 400 where it is no honest one."""
-        self._free(bytes.fromhex(record.id))
+        self._places.forget(bytes.fromhex(record.id))
+        if ended is not None and ended.outcome and ended.count and not (attempt is not None and attempt.receipt):
+            return await self._broken_off(record, ended)
+        return self._reported(record, attempt)
+
+    def _reported(self, record: TicketRecord, attempt: Attempt | None) -> SettleTicket | ShortenHold:
         now_ms = self._clock_ms()
         if attempt is None:
             return ShortenHold(record.id, record.account, now_ms + UNREPORTED_MS)
@@ -412,7 +481,9 @@ class DirectBooks:
             due = due_of(read_ticket(attempt.ticket), record.ask, attempt, now_ms)
         except RemoteProtocolError as error:
             raise ApiError(400, f"a ticket cannot be settled: {error}", code="bad_receipt") from error
-        return _settling(record, due, is_claim=False)
+        if due.succeeded:
+            self._placer.standing.served(record.island, record.cargo, due.tokens, 0, trio.current_time())
+        return settling(record, due, is_claim=False)
 
     async def claim(self, claim: Claim, sender: str) -> ClaimOutcome:
         try:
@@ -424,19 +495,19 @@ class DirectBooks:
                 return ClaimOutcome(False, 0, "this ticket was not issued by a Coordinator of these books")
             due = due_of(ticket, record.ask, claim, self._clock_ms())
             if record.state is TicketState.PAID and due.tokens <= record.paid_tokens:
-                self._free(bytes.fromhex(record.id))
+                self._places.forget(bytes.fromhex(record.id))
                 return ClaimOutcome(True, record.paid_micros)
         except RemoteProtocolError as error:
             return ClaimOutcome(False, 0, str(error)[: limits.TEXT_CHARS_MAX])
         except BooksUnavailable as error:
             raise unavailable(str(error)) from error
         try:
-            record = await self._books.do(_settling(record, due, is_claim=True))
+            record = await self._books.do(settling(record, due, is_claim=True))
         except BooksRefused as refused:
             return ClaimOutcome(False, 0, refused.message)
         except BooksUnavailable as error:
             raise unavailable(str(error)) from error
-        self._free(bytes.fromhex(record.id))
+        self._places.forget(bytes.fromhex(record.id))
         self.claimed += 1
         return ClaimOutcome(True, record.paid_micros)
 
@@ -449,18 +520,39 @@ class DirectBooks:
         return Models(wanted.request, models, self._placer.islands(), standing)
 
 
-def _settling(record: TicketRecord, due: Due, is_claim: bool) -> SettleTicket:
-    return SettleTicket(
-        id=record.id,
-        job_id=record.job_id,
-        account=record.account,
-        cargo=record.cargo,
-        earned=due.earned,
-        tokens=due.tokens,
-        prompt_tokens=due.prompt_tokens,
-        succeeded=due.succeeded,
-        is_claim=is_claim,
+def _record(
+    envelope: bytes, wanted: TicketWanted, account: str, candidate: Candidate, quote: Quote | None, now_ms: int
+) -> TicketRecord:
+    ticket = read_ticket(envelope)
+    ask = quote.ask if quote is not None and quote.island == candidate.island else candidate.offer.ask
+    return TicketRecord(
+        id=ticket_hash(envelope).hex(),
+        job_id=wanted.job_id,
+        account=account,
+        cargo=wanted.cargo,
+        island=candidate.island,
+        ask_per_job=ask.per_job,
+        ask_per_1k_output=ask.per_1k_output,
+        ask_per_second=ask.per_second,
+        limit_micros=ticket.price_limit_micros,
+        state=TicketState.OPEN,
+        paid_micros=0,
+        paid_tokens=0,
+        issued_at_ms=now_ms,
     )
+
+
+def _ends_ms(record: TicketRecord) -> int:
+    """Until then it is paid, and held for."""
+    return record.issued_at_ms + int((limits.TICKET_LIFETIME_S + limits.CLAIM_LIFETIME_S) * 1000)
+
+
+def _not_granted(refused: BooksRefused) -> ApiError:
+    if refused.why is Why.STATE:
+        return ApiError(409, refused.message, code="job_over")
+    if refused.why is Why.OVER_HOLD:
+        return ApiError(402, refused.message, code="bid_too_low", param="bid_price", kind="insufficient_quota")
+    return from_books(refused)
 
 
 def _policy(text: str) -> Residency | None:

@@ -41,6 +41,9 @@ class DirectDesk(Protocol):
         """Checks the key and its rate, opens the job with its hold where ``job_id`` is new, takes a place on an Island (waiting for one at
         most ``wait_ms``), and issues the ticket for ``holder``, with ``count_every`` set.
 
+        A further ticket of the job settles first what an earlier one has cost that its holder has said to be over, and is limited to what
+        the job's bid leaves.
+
         Raises ApiError: 401, 402, 403, 429, and 409 for a job that is another account's or holder's, or over; Refused of the placement.
         Cancelled (the bridge has withdrawn, or is gone): the place is given back. A job that has got no ticket yet ends with either: the
         bridge says nothing more of it.
@@ -49,6 +52,14 @@ class DirectDesk(Protocol):
 
     async def mend(self, wanted: MendWanted, holder: str) -> TicketGranted:
         """Another Island takes the place of a stage; a ticket of the same job for the mended route. Raises Refused, ApiError."""
+        ...
+
+    def opened(self, holder: str) -> None:
+        """A stream of this holder begins. Never raises."""
+        ...
+
+    def closed(self, holder: str) -> None:
+        """One of them has ended. When it was the last, and none comes back, his places are free a little later. Never raises."""
         ...
 
     def freed(self, freed: PlaceFreed, holder: str) -> None:

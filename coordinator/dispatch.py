@@ -23,11 +23,9 @@ from coordinator.books.errors import BooksRefused, BooksUnavailable
 from coordinator.jobs import Accepted, ChoiceResult, Event, JobSpec, Meter, Metered, StageShare, Text
 from coordinator.logprobs import read_logprobs
 from coordinator.matching import Candidate, Wish, declared_tokens
-from coordinator.pipelines import Pipelines
-from coordinator.placement import Placement, Placer
-from coordinator.ports import IslandPort, JobRun
+from coordinator.placement import Placement, Placing
+from coordinator.ports import Issuing, JobPort, JobRun, Mending
 from coordinator.statistics import Statistics
-from coordinator.tickets import TicketIssuer
 from protocol import limits
 from protocol.errors import RETRYABLE, ArchipelagError, Code, Refused
 from protocol.generation import GENERATION, GenerationRequest
@@ -113,15 +111,15 @@ class Dispatcher:
 
     def __init__(
         self,
-        port: IslandPort,
-        placer: Placer,
-        issuer: TicketIssuer,
+        port: JobPort,
+        placer: Placing,
+        issuer: Issuing,
         affinity: Affinity,
         statistics: Statistics,
         job_timeout_s: float = limits.JOB_TIMEOUT_S,
         capacity_wait_s: float = limits.CAPACITY_WAIT_S,
         island_wait_s: float = limits.ISLAND_WAIT_S,
-        pipelines: Pipelines | None = None,
+        pipelines: Mending | None = None,
     ) -> None:
         self._pipelines = pipelines
         self._port, self._placer, self._issuer, self._affinity = port, placer, issuer, affinity
@@ -236,6 +234,7 @@ class Dispatcher:
             job_s_max=self._job_timeout_s,
             island=spec.island,
             waits_for_price=spec.patience_s is not None,
+            job_id=spec.job_id,
         )
 
     async def _place(self, spec: JobSpec, progress: _Progress) -> Placement:

@@ -158,6 +158,8 @@ class JobBoard:
         state, tries = None, job.tries
         if feed is not None:
             async for event in feed.read():
+                if isinstance(event, Text):
+                    self._desk.note_read(job_id)
                 yield event
             if feed.state in ENDED:
                 return
@@ -209,7 +211,13 @@ class JobBoard:
         return "".join(event.text for event in events if isinstance(event, Text)) if events is not None else None
 
     async def cancel(self, job_id: str, account: str) -> Job:
-        """Ends a job, here or at the Coordinator that runs it; gives it as it is then. Raises BooksRefused(NO_JOB)."""
+        """Ends a job, here or at the Coordinator that runs it; gives it as it is then.
+
+        Raises BooksRefused: NO_JOB; NOT_OWNER for one whose tokens do not come through here.
+        """
+        job = await self.find(job_id, account)
+        if job.holder and not job.ended:
+            raise BooksRefused(Why.NOT_OWNER, "its bridge runs this job; cancel it there")
         job = await self._desk.books.do(WantCancel(job_id, account))
         live = self._desk.live.get(job_id)
         if live is not None:

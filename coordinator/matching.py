@@ -80,7 +80,8 @@ class Wish:
     ``prompt_tokens``, ``output_tokens`` and ``job_s_max`` bound the price, which may be ``price_max_micros`` at most (None: anything).
     ``policy``: where the Island has to stand; ``region``: where the Consumer does, for ties. ``island``: that of a quote that is
     honoured; others take the job only when it is out of the question, not when it is busy. ``priority``: 0 to 100, for the queue.
-    ``account``: whose job it is; no choice depends on it. ``waits_for_price``: where all ask too much it waits for asks to fall.
+    ``account`` and ``job_id``: whose job it is and which one; no choice depends on them. ``waits_for_price``: where all ask too much it
+    waits for asks to fall.
     """
 
     cargo: str
@@ -101,6 +102,7 @@ class Wish:
     island: str = ""
     region: str = ""
     waits_for_price: bool = False
+    job_id: str = ""
 
 
 class Level(StrEnum):
@@ -270,8 +272,8 @@ def _sift_affordable(sieve: _Sieve, facts: Columns, prices: Ints, wish: Wish) ->
         return None
     cheapest = int(prices[before].min())
     text = (
-        f"no Island offers the model {wish.cargo!r} for at most {format_credits(wish.price_max_micros)} credits for this job; "
-        f"the cheapest wants up to {format_credits(cheapest)}"
+        f"no Island offers the model {wish.cargo!r} for at most {format_credits(wish.price_max_micros)} credits per choice; "
+        f"the cheapest wants up to {format_credits(cheapest)} for each"
     )
     return sieve.refusal(Code.NO_ISLAND, text, cheapest)
 

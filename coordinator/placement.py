@@ -19,6 +19,7 @@ import bisect
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import trio
@@ -36,7 +37,10 @@ from protocol.prices import Ask
 PRIORITY_PER_WAITED_S = 2.0  # the highest priority, 100, passes those of 0 that have waited for less than 50 s
 ROUND_TRIPS_READ_S = 5.0
 MEASURED_STEP = 0.02  # a measured speed that has moved by less is not worth a new row
+_ITS_TURN = "other jobs are before it"
 SETTLE_TRIES_MAX = 64  # wishes unlike each other that are tried in vain at a time; the next time begins behind them
+SETTLE_ROWS_MAX = 32_000  # Islands that are looked at for them, some 4 ms; each job that ends settles
+_SETTLE_TRIES_MIN = 2
 
 
 class NotPlaced(Refused):
@@ -107,6 +111,25 @@ class PriceRange:
     cheapest: int | None = None
     median: int | None = None
     slots: int = 0
+
+
+class Placing(Protocol):
+    """What a dispatcher asks of whoever places its jobs. ``standing`` hears how Islands did."""
+
+    standing: Standing
+
+    @property
+    def waiting(self) -> int: ...
+
+    async def place(self, wish: Wish, capacity_wait_s: float, island_wait_s: float) -> Placement:
+        """Raises Refused."""
+        ...
+
+    def release(self, placement: Placement) -> None: ...
+
+    def newest_sequence(self, island: str) -> int: ...
+
+    def region_of(self, island: str) -> str: ...
 
 
 class Placer:
@@ -213,6 +236,15 @@ class Placer:
         limits_micros = (waiter.wish.price_max_micros for waiter in queue.waiters) if queue is not None else ()
         return [micros for micros in limits_micros if micros is not None]
 
+    def why_waiting(self, jobs: Mapping[str, str]) -> dict[str, str]:
+        """Of these jobs (id -> Cargo) those that wait here: id -> for what, in words for their Consumers."""
+        found: dict[str, str] = {}
+        for cargo in set(jobs.values()) & self._queues.keys():
+            for waiter in self._queues[cargo].waiters:
+                if waiter.wish.job_id in jobs:
+                    found[waiter.wish.job_id] = waiter.refusal.message if waiter.refusal is not None else _ITS_TURN
+        return found
+
     def preview(self, wish: Wish, price_max_micros: int | None) -> Choice | Refusal:
         """What ``place`` would decide at this price if nobody waited; nothing is taken. For quotes."""
         wish = replace(wish, price_max_micros=price_max_micros)
@@ -299,6 +331,7 @@ class Placer:
         queue.settled_s = self._clock()
         self._refresh()
         vain: dict[object, Refusal] = {}
+        tries_max = self._tries_max(cargo)
         has_room = self._has_room(cargo)
         for waiter in queue.in_turn():
             if not has_room and waiter.refusal is not None and _is_full(waiter.refusal):
@@ -311,10 +344,16 @@ class Placer:
                 continue
             waiter.refusal = outcome
             vain[kind if kind is not None else waiter] = outcome
-            if len(vain) >= SETTLE_TRIES_MAX:
+            if len(vain) >= tries_max:
                 queue.start = queue.waiters.index(waiter) + 1
                 return
         queue.start = 0
+
+    def _tries_max(self, cargo: str) -> int:
+        """So that a line of hopeless bids costs the jobs that run no more than a moment, however many Islands there are."""
+        facts = self._facts.get(cargo)
+        islands = len(facts) if facts is not None else 0
+        return min(SETTLE_TRIES_MAX, max(_SETTLE_TRIES_MIN, SETTLE_ROWS_MAX // max(1, islands)))
 
     def _serve(self, queue: _Queue, waiter: _Waiter, placement: Placement) -> None:
         waiter.placement = placement

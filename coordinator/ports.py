@@ -1,4 +1,5 @@
-"""How the Coordinator reaches Islands: an interface of six methods that node implements over libp2p and tests with a fake network."""
+"""How the Coordinator reaches Islands, an interface that node implements over libp2p and tests with a fake network; and what a dispatcher
+asks of those that place, issue and mend, so that a bridge can put its own in their place."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
+from coordinator.columns import Candidate
+from coordinator.matching import Wish
 from protocol.book import Book
 from protocol.hold import DropShard, HoldProgress, HoldShard, SetAsk, ShardHeld
 from protocol.messages import JobAccepted, JobChunk, JobDone, RouteBroken
@@ -26,14 +29,18 @@ class JobRun(Protocol):
         ...
 
 
-class IslandPort(Protocol):
-    def book(self) -> Book:
-        """The Islands that can be reached now, as of the newest ads."""
-        ...
+class JobPort(Protocol):
+    """Opens jobs."""
 
     def run_job(self, island: str, ticket: bytes, payload: bytes) -> AbstractAsyncContextManager[JobRun]:
         """Opens a job on an Island's long-lived stream; leaving the context early cancels it there. Raises Refused(LINK_LOST) when
         there is no connection and none can be made."""
+        ...
+
+
+class IslandPort(JobPort, Protocol):
+    def book(self) -> Book:
+        """The Islands that can be reached now, as of the newest ads."""
         ...
 
     async def hold_shard(self, island: str, order: HoldShard, progress: Callable[[HoldProgress], None]) -> ShardHeld:
@@ -50,4 +57,24 @@ class IslandPort(Protocol):
 
     async def wait_book_changed(self) -> None:
         """Returns after the next change of the book."""
+        ...
+
+
+class Issuing(Protocol):
+    """Whoever has tickets."""
+
+    def issue(self, job_id: str, candidate: Candidate, wish: Wish, cache_salt: bytes) -> bytes:
+        """The signed envelope of a ticket for one Island, or for the Islands of a pipeline."""
+        ...
+
+
+class Mending(Protocol):
+    """Whoever knows of pipelines."""
+
+    async def mend(self, candidate: Candidate, broken: RouteBroken, /) -> Candidate:
+        """Another route for a job of which a stage has failed. Raises Refused."""
+        ...
+
+    def driver_lost(self, candidate: Candidate) -> None:
+        """The link to a job's driver was lost."""
         ...

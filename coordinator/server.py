@@ -55,8 +55,8 @@ _DRAIN_POLL_S = 0.02
 class CoordinatorServer:
     """A Coordinator that serves. ``url`` is where."""
 
-    def __init__(self, http: HttpThread, parts: _Parts, bridge: Bridge, services: Services) -> None:
-        self._http, self._parts, self._bridge, self._services = http, parts, bridge, services
+    def __init__(self, http: HttpThread, api: Api, parts: _Parts, services: Services) -> None:
+        self._http, self._api, self._parts, self._services = http, api, parts, services
         self._dispatcher, self._placer, self.pipelines = parts.dispatcher, parts.placer, parts.pipelines
         self.desk, self.books, self.direct = parts.desk, parts.books, parts.direct
 
@@ -69,14 +69,18 @@ class CoordinatorServer:
         return self._http.url
 
     async def drain(self, timeout_s: float = limits.DRAIN_S) -> bool:
-        """Takes no new requests and waits for the running ones; False when some still run after ``timeout_s`` seconds."""
+        """Takes no new work and waits for what runs; False when some of it still runs after ``timeout_s`` seconds.
+
+        It listens until then, so that whoever distributes requests sees the health say "draining", and clients hear where to go.
+        """
         self._services.draining.set()
         self._parts.upkeep.draining = True
-        await self._http.stop_listening()
         with trio.move_on_after(timeout_s):
-            while self._bridge.tasks or self.desk.is_busy:
+            while self._api.answering or self.desk.is_busy:
                 await trio.sleep(_DRAIN_POLL_S)
-        return not (self._bridge.tasks or self.desk.is_busy)
+        is_done = not (self._api.answering or self.desk.is_busy)
+        await self._http.stop_listening()
+        return is_done
 
     def statistics(self) -> dict[str, Any]:
         """Counts since the start and what goes on now; no secrets, no prompts."""
@@ -88,7 +92,7 @@ class CoordinatorServer:
             "running": self._dispatcher.running,
             "waiting": self._placer.waiting,
             "open_jobs": self._placer.open_jobs,
-            "bridge_tasks": self._bridge.tasks,
+            "bridge_tasks": self._services.bridge.tasks,
             "answers_replayed": self.desk.replayed,
             "jobs_adopted": self._parts.upkeep.adopted,
         }
@@ -124,14 +128,15 @@ async def open_coordinator(
                     bridge = Bridge(nursery)
                     gate.on_forget = lambda key_id: bridge.to_trio(functools.partial(parts.direct_keys.forget, key_id))
                     services = _services(config, bridge, parts, gate, well_known, salt_secret)
-                    http = HttpThread(Api(services).application, config.http_host, config.http_port, tls)
+                    api = Api(services)
+                    http = HttpThread(api.application, config.http_host, config.http_port, tls)
                     nursery.start_soon(http.run)
                     try:
                         await http.wait_ended_or_started()
                         if http.error is None:
                             parts.url = http.url
                             nursery.start_soon(_watch_book, port, parts.placer)
-                            yield CoordinatorServer(http, parts, bridge, services)
+                            yield CoordinatorServer(http, api, parts, services)
                     finally:
                         http.stop()
                         nursery.cancel_scope.cancel()
@@ -204,6 +209,7 @@ class _Parts:
             salt_secret,
             _now_ms,
             self.placer.addresses_of,
+            port.book,
             self.pipelines,
         )
         self.board = JobBoard(self.desk, _restorer(salt_secret, config, self.placer))
@@ -212,10 +218,12 @@ class _Parts:
     async def start(self, nursery: trio.Nursery) -> None:
         """Each is ready before the next one begins."""
         await nursery.start(self.pipelines.run)
+        await nursery.start(self.desk.openings.run)
         await nursery.start(self.board.run)
         await nursery.start(self.market.run)
         await nursery.start(self.upkeep.run)
         nursery.start_soon(self.direct_keys.run)
+        nursery.start_soon(self.direct.run)
 
 
 def _now_ms() -> int:
@@ -259,6 +267,9 @@ def _services(
             "jobs_adopted": parts.upkeep.adopted,
         }
 
+    async def cargos() -> dict[str, int]:
+        return parts.placer.cargos()
+
     def more(admit: Admit) -> Sequence[Routes]:
         parts.account_routes = AccountRoutes(admit, parts.books.database, parts.books.writer, gate)
         jobs = JobRoutes(
@@ -271,13 +282,15 @@ def _services(
             config.job_timeout_s,
             config.keep_alive_comment_s,
             services.draining.is_set,
+            parts.placer.why_waiting,
         )
         return parts.account_routes, jobs, MarketRoutes(admit, bridge, parts.market, config.job_timeout_s)
 
     services = Services(
         bridge=bridge,
         worker=parts.desk,
-        placer=parts.placer,
+        islands=parts.placer.islands,
+        cargos=cargos,
         gate=gate,
         metrics=Metrics(parts.dispatcher.statistics, gauges),
         well_known=well_known,
@@ -288,6 +301,7 @@ def _services(
         keep_s=config.retry_window_s,
         job_timeout_s=config.job_timeout_s,
         more=more,
+        has_books=lambda: parts.upkeep.healthy,
     )
     return services
 

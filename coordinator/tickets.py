@@ -13,6 +13,13 @@ from protocol.identity import Signer
 from protocol.tickets import TICKET_VERSION, Ticket, TicketStage, sign_ticket
 
 
+def count_every(tokens_per_s: float) -> int:
+    """How many tokens an Island of this speed (0.0: unknown) sends beyond what its Consumer has signed for: ``COUNT_EVERY_S`` of its work,
+    at least ``COUNT_EVERY_TOKENS`` and at most ``COMPLETION_TOKENS_MAX``."""
+    tokens = min(tokens_per_s * limits.COUNT_EVERY_S, limits.COMPLETION_TOKENS_MAX)
+    return max(int(tokens), limits.COUNT_EVERY_TOKENS)
+
+
 @dataclass(frozen=True, slots=True)
 class TicketIssuer:
     """Signs with the Coordinator's key; the Coordinator is also the holder of tickets to jobs that it opens itself.

@@ -27,6 +27,7 @@ from coordinator.desk import Desk
 from coordinator.job_board import JobBoard
 from coordinator.market import MarketShell
 from coordinator.standing import Standing
+from protocol import limits
 from protocol.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ DEAD_S = 10.0
 SWEEP_S = 30.0
 _JOBS_AT_ONCE = 500
 _QUOTES_KEPT_MS = 3_600_000  # so long a quote that is over is told from one that never was
+
+BRIDGE_LOST_S = limits.TICKET_LIFETIME_S + 60.0  # after its newest ticket was issued: a bridge may still say how its job ended
 
 _SILENT_S = 2 * BEAT_S + 0.5  # who says nothing for so long does not run
 _LOOK_S = 0.25
@@ -103,6 +106,7 @@ class Upkeep:
         self._desk, self._board, self._standing, self._market, self._url = desk, board, standing, market, url
         self._books = desk.books
         self._healthy = True
+        self._beaten_s = float("-inf")  # when the last sign of life was on disk, by trio's clock
         self._approved: set[str] = set()
         self._strays: set[str] = set()  # seen in the last round
         self._rerun: set[str] = set()  # strays that were run again
@@ -116,6 +120,7 @@ class Upkeep:
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Started once the first sign of life is in the books. Runs until cancelled. Raises Superseded: then we have to end."""
         await self._books.change(self._beat, trio.current_time())
+        self._beaten_s = trio.current_time()
         await self._read_islands()
         task_status.started()
         sweep_s = trio.current_time()
@@ -140,7 +145,8 @@ class Upkeep:
 
     @property
     def healthy(self) -> bool:
-        return self._healthy
+        """Whether the database could be used a moment ago. One that just says nothing counts as gone when others count us as dead."""
+        return self._healthy and trio.current_time() - self._beaten_s < DEAD_S
 
     async def leave(self) -> None:
         """The last word, when nothing runs here any more."""
@@ -152,6 +158,7 @@ class Upkeep:
 
     async def _round(self, sweep: bool) -> None:
         live = await self._books.change(self._beat, trio.current_time())
+        self._beaten_s = trio.current_time()
         if not self.draining:
             for job in await self._books.ask(job_queries.orphaned_jobs, live, _JOBS_AT_ONCE):
                 if job.id not in self._desk.live:  # taken from us while we slept: that run has still to find out
@@ -239,6 +246,7 @@ class Upkeep:
             if live.get(job.owner) != job.owner_boot:  # whoever lives settles his own, whatever a clock that jumped says
                 await self._end(job, Outcome(JobState.FAILED, error_code="expired", error_message="nobody settled it in time"))
         await self._free_tickets(now_ms)
+        await self._end_lost(now_ms)
 
     async def _free_tickets(self, now_ms: int) -> None:
         """Of the direct path: nobody has come for them, and nobody may any more."""
@@ -248,3 +256,13 @@ class Upkeep:
                 await self._books.do_all(freeing, EndDirectJob(record.job_id, record.account, "", JobState.FAILED, "expired"))
             except BooksRefused as refused:
                 log.warning("ticket %s is over and was not freed: %s", record.id, refused)
+
+    async def _end_lost(self, now_ms: int) -> None:
+        """Of the direct path: jobs whose Islands have been paid and whose bridge has gone without a word."""
+        before_ms = now_ms - int(BRIDGE_LOST_S * 1000)
+        for job in await self._books.ask(direct_queries.lost_jobs, before_ms, _JOBS_AT_ONCE):
+            text = "its bridge went away without saying how it ended"
+            try:
+                await self._books.do(EndDirectJob(job.id, job.account, "", JobState.FAILED, "bridge_lost", text))
+            except BooksRefused as refused:
+                log.warning("job %s has lost its bridge and was not ended: %s", job.id, refused)

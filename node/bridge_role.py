@@ -11,10 +11,10 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import trio
 from aiohttp import web
@@ -27,8 +27,7 @@ from coordinator.http.bridge import Bridge
 from coordinator.http.errors import ApiError
 from coordinator.http.metrics import Metrics
 from coordinator.http.thread import HttpThread
-from coordinator.keys import ApiKey, KeyStore
-from coordinator.placement import Placer
+from coordinator.keys import ApiKey
 from node import AGENT, VERSION
 from node.announce import CoordinatorFinder
 from node.control import serve_control
@@ -51,6 +50,7 @@ log = logging.getLogger(__name__)
 _ACCOUNT = "bridge"
 _DRAIN_POLL_S = 0.02
 _STATUS_UNAVAILABLE = 503
+_ELSEWHERE = ("account", "api-keys", "islands", "jobs", "market", "quotes")  # addresses under /api/v1 that a bridge does not have
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class BridgeRole:
 
 
 class OneKey:
-    """``KeyStore`` of the one key that this bridge holds."""
+    """The one key that this bridge holds."""
 
     def __init__(self, api_key: str) -> None:
         self._hash = api_key_hash(api_key)
@@ -87,7 +87,7 @@ class BridgeGate(Gate):
     """Lets in whoever shows the key; the headers say how the key stands with the Coordinator."""
 
     def __init__(self, api_key: str, config: CoordinatorConfig, standing: Callable[[], RateStanding]) -> None:
-        super().__init__(cast(KeyStore, OneKey(api_key)), config, time.monotonic)
+        super().__init__(OneKey(api_key), config, time.monotonic)
         self._standing = standing
 
     async def admit(self, request: web.Request, scope: str) -> tuple[ApiKey, dict[str, str]]:
@@ -129,14 +129,25 @@ class Offered:
 
 
 class BridgeApi(Api):
-    """The Coordinator's API, with the models that it offers."""
+    """The Coordinator's API, with the models that it offers. What it does not have itself it says where to ask for."""
 
-    def __init__(self, services: Services, offered: Offered) -> None:
+    def __init__(self, services: Services, coordinators: Sequence[str]) -> None:
         super().__init__(services)
-        self._offered = offered
+        self._coordinators = coordinators
 
-    async def _cargos(self) -> dict[str, int]:
-        return await self._services.bridge.call(self._offered.cargos)
+    def application(self) -> web.Application:
+        app = super().application()
+        for name in _ELSEWHERE:
+            for path in (f"/api/v1/{name}", f"/api/v1/{name}/{{rest:.*}}"):
+                app.router.add_route("*", path, self.elsewhere)
+        return app
+
+    async def elsewhere(self, request: web.Request) -> web.StreamResponse:
+        """Accounts, jobs and the market are the Coordinator's."""
+        await self.admit(request, "read")
+        urls = " or ".join(f"{url.rstrip('/')}{request.path}" for url in self._coordinators if not url.startswith("/"))
+        where = f"ask the Coordinator: {urls}" if urls else "ask the Coordinator at its own URL"
+        raise ApiError(404, f"a bridge only runs chats and completions; {where}", code="ask_the_coordinator")
 
 
 async def run_bridge(role: BridgeRole) -> None:
@@ -216,7 +227,7 @@ class _Bridge:
         with closing(BridgeGate(self._role.api_key, config, self._desk.standing)) as gate:
             services = self._services(bridge, gate, config)
             http = HttpThread(
-                BridgeApi(services, self._offered).application, self._role.http_host, self._role.http_port, None
+                BridgeApi(services, self._role.coordinators).application, self._role.http_host, self._role.http_port, None
             )
             self._nursery.start_soon(http.run)
             try:
@@ -245,7 +256,8 @@ class _Bridge:
         return Services(
             bridge=bridge,
             worker=self._worker,
-            placer=cast(Placer, self._offered),  # of which health asks how many Islands there are
+            islands=self._offered.islands,
+            cargos=self._offered.cargos,
             gate=gate,
             metrics=Metrics(self._worker.statistics, gauges),
             well_known=lambda: {"role": "bridge", "peer_id": self._key.peer_id, "network": self._pins.network},

@@ -81,9 +81,9 @@ class _Link:
         self.asked.clear()
 
 
-def given_back(ticket: bytes, outcome: str = "") -> PlaceFreed:
-    """The place of a ticket is free again."""
-    return PlaceFreed(peek_ticket(ticket).job_id.partition(".")[0], ticket_hash(ticket), outcome)
+def given_back(ticket: bytes, outcome: str = "", count: bytes = b"") -> PlaceFreed:
+    """The place of a ticket is free again. ``count``: the last that was signed for it."""
+    return PlaceFreed(peek_ticket(ticket).job_id.partition(".")[0], ticket_hash(ticket), outcome, count)
 
 
 class DeskClient:

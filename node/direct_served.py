@@ -117,9 +117,11 @@ class DirectServer:
         """Handler of one stream of a bridge; raises what ends it."""
         await answer_hello(stream, self._hello, self._only(NodeRole.CONSUMER))
         self.counts.desks_open += 1
+        self._desk.opened(stream.remote_peer)
         try:
             await _Desk(self, stream).run()
         finally:
+            self._desk.closed(stream.remote_peer)
             self.counts.desks_open -= 1
 
     async def answer(self, message: Any, holder: str) -> Any:

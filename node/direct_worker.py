@@ -15,7 +15,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import trio
 
@@ -25,13 +25,10 @@ from coordinator.dispatch import Dispatcher, Emit
 from coordinator.http.errors import ApiError
 from coordinator.jobs import ChoiceResult, Event, Replayed, Settled
 from coordinator.matching import Candidate, Choice, Considered, Level, Wish
-from coordinator.pipelines import Pipelines
-from coordinator.placement import Placement, Placer
+from coordinator.placement import Placement
 from coordinator.planning import Plan, PlannedStage
-from coordinator.ports import IslandPort
 from coordinator.standing import Standing
 from coordinator.statistics import Statistics
-from coordinator.tickets import TicketIssuer
 from coordinator.transcript import Transcript
 from node.desk_client import DeskAway, DeskClient, given_back
 from node.holder import Links, RunningJob
@@ -59,6 +56,7 @@ log = logging.getLogger(__name__)
 SETTLE_WAIT_S = 2.0  # for the price, before the answer's last word
 REPORTS_MAX = 1000  # that wait for a Coordinator
 _REPORT_PAUSE_S = 5.0
+_STATUS_UNAVAILABLE = 503
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +94,19 @@ class _Job:
     def id(self) -> str:
         return self.order.spec.job_id
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether some tokens are signed for; a further ticket need only allow what is still to come, as the Island will see."""
+        return any(attempt.run is not None and attempt.run.count for attempt in self.attempts.values())
+
     def granted(self, granted: TicketGranted) -> None:
         self.attempts[ticket_hash(granted.ticket)] = _Attempt(granted.ticket)
         self.placement = self.placement or granted.placement
 
     def refused(self, refused: DeskRefused) -> Refused:
-        """What the dispatcher raises for it; where it is not about placement, the client hears the desk's own words."""
-        if not refused.code:
+        """What the dispatcher raises for it. Where it is not about placement, or not what its code alone says (a bid that is too low), the
+        client hears the desk's own words."""
+        if not refused.code or refused.status != _STATUS_UNAVAILABLE:
             self.told = api_error(refused)
         return Refused(Code(refused.code) if refused.code else Code.NO_ISLAND, refused.message)
 
@@ -137,7 +141,7 @@ def api_error(refused: DeskRefused) -> ApiError:
 
 
 class _Places:
-    """``Placer``, as far as a dispatcher needs it, for one job."""
+    """``Placing`` for one job: the desk does it."""
 
     waiting = 0
 
@@ -162,7 +166,8 @@ class _Places:
     def release(self, placement: Placement) -> None:
         candidate = _granted(placement.candidate)
         attempt = self._job.attempts[ticket_hash(candidate.ticket)]
-        self._worker.desk.say_nowait(given_back(candidate.ticket, attempt.outcome))
+        count = attempt.run.count if attempt.run is not None else b""
+        self._worker.desk.say_nowait(given_back(candidate.ticket, attempt.outcome, count))
 
     def newest_sequence(self, island: str) -> int:
         """The desk knows better."""
@@ -173,14 +178,14 @@ class _Places:
 
 
 class _Issuer:
-    """``TicketIssuer``: the desk has issued already."""
+    """``Issuing``: the desk has issued already."""
 
     def issue(self, job_id: str, candidate: Candidate, wish: Wish, cache_salt: bytes) -> bytes:
         return _granted(candidate).ticket
 
 
 class _Port:
-    """``IslandPort``, as far as a dispatcher needs it, for one job."""
+    """``JobPort`` for one job."""
 
     def __init__(self, worker: DirectWorker, job: _Job) -> None:
         self._worker, self._job = worker, job
@@ -198,7 +203,7 @@ class _Port:
 
 
 class _Mender:
-    """``Pipelines``, as far as a dispatcher needs it, for one job."""
+    """``Mending`` for one job: the desk does it."""
 
     def __init__(self, worker: DirectWorker, job: _Job) -> None:
         self._worker, self._job = worker, job
@@ -311,13 +316,13 @@ class DirectWorker:
     def _dispatcher(self, job: _Job) -> Dispatcher:
         """One for each job, with parts that know it. They do what a dispatcher asks of the Coordinator's own, and no more."""
         return Dispatcher(
-            cast(IslandPort, _Port(self, job)),
-            cast(Placer, _Places(self, job)),
-            cast(TicketIssuer, _Issuer()),
+            _Port(self, job),
+            _Places(self, job),
+            _Issuer(),
             self._affinity,
             self.statistics,
             self._job_timeout_s,
-            pipelines=cast(Pipelines, _Mender(self, job)),
+            pipelines=_Mender(self, job),
         )
 
     # -- asking
@@ -449,7 +454,7 @@ def _check(ticket: Ticket, granted: TicketGranted, job: _Job, wish: Wish | None,
         raise RemoteProtocolError("the ticket is for another job")
     if ticket.content_hash != granted.offer.content_hash or ticket.cargo != granted.offer.name:
         raise RemoteProtocolError("ticket and offer differ")
-    if wish is not None and ticket.token_limit < wish.output_tokens:
+    if wish is not None and not job.has_begun and ticket.token_limit < wish.output_tokens:
         raise RemoteProtocolError(f"the ticket allows {ticket.token_limit} tokens of {wish.output_tokens}")
 
 

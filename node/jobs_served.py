@@ -165,10 +165,9 @@ class JobServer:
             generation = GENERATION.decode(bytes(message.input))
         except RemoteProtocolError as error:
             raise Refused(Code.BAD_INPUT, str(error)) from error
-        if generation.max_tokens > ticket.token_limit:
-            raise Refused(
-                Code.BAD_TICKET, f"the ticket allows {ticket.token_limit} tokens, not {generation.max_tokens}"
-            )
+        tokens = generation.max_tokens - len(generation.resume) // 4  # what is there already is sent by nobody
+        if tokens > ticket.token_limit:
+            raise Refused(Code.BAD_TICKET, f"the ticket allows {ticket.token_limit} tokens, not {tokens}")
         return ticket, terms, RunRequest(ticket.job_id, generation, ticket.cache_salt)
 
     def check_mended(self, data: bytes, sender: str) -> None:

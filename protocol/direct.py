@@ -241,15 +241,18 @@ class DeskRefused:
 @DESK.message(5)
 @dataclass(frozen=True, slots=True)
 class PlaceFreed:
-    """Bridge to Coordinator: the job of this ticket has ended at its Island. ``outcome`` is empty, or the code that it failed with. Not
-    answered; it only keeps the count of free places right."""
+    """Bridge to Coordinator: the job of this ticket has ended at its Island. ``outcome`` is empty, or the code that it failed with;
+    ``count`` the last count that the bridge signed, or empty. Not answered; it keeps the count of free places right, and says what the
+    ticket may still cost where the job goes on elsewhere."""
 
     job_id: str
     ticket_hash: bytes
     outcome: str = ""
+    count: bytes = b""
 
     def __post_init__(self) -> None:
         _job_id(self.job_id)
+        checks.at_most("count", self.count, limits.COUNT_BYTES_MAX)
         checks.exactly("ticket_hash", self.ticket_hash, 32)
         if self.outcome:
             Code(self.outcome)

@@ -46,7 +46,8 @@ CREDIT_MICROS = 1_000_000  # one credit in the integer unit of all prices
 PRICE_MICROS_MAX = 10**15
 
 # Wire: the direct path
-COUNT_EVERY_TOKENS = 64  # what a Consumer's ticket asks for: an Island risks so many; a count costs both ends 0.15 ms together
+COUNT_EVERY_TOKENS = 64  # what a Consumer's ticket asks for at least: an Island risks so many; a count costs both ends 0.15 ms together
+COUNT_EVERY_S = 0.25  # or the tokens that it makes in so long, where it is faster: it risks no more work, and does not wait for signatures
 COUNT_BYTES_MAX = 512  # a signed count in its envelope has about 330
 COUNT_WAIT_S = 10.0  # an Island that may send no more waits so long for the holder's count
 COUNT_FINAL_S = 5.0  # and so long after JobDone for the count of all tokens
@@ -59,6 +60,9 @@ DESK_POLICY_BYTES_MAX = 4096
 DESK_PLACEMENT_BYTES_MAX = 32 * 1024
 DESK_ISLANDS_MAX = 64  # that a ticket is not wanted for
 DESK_MODELS_MAX = 1000
+DESK_PLACES_PER_ACCOUNT_MAX = 512  # tickets of one account in use at once: as much as four large Islands can do
+DESK_GONE_S = 10.0  # places of a bridge whose streams have all ended are free then: its redials come within a second
+DESK_LOST_WAIT_S = 1.0  # a Consumer may see an Island's death a little before its Coordinator does
 DESK_WRONG_KEYS_PER_MINUTE = 5  # of one peer (mission.md: "5 log-in tries a minute an address")
 
 # Wire: jobs

@@ -1,7 +1,8 @@
 """Asks and prices in integer micro-credits, so that no sum ever depends on rounding of floats.
 
-As text a price is a decimal number of credits; in JSON it is that text, or a number that is exact in micro-credits. Whatever else comes
-in (signs, exponents, other digits than ASCII's, a seventh decimal, NaN) is refused and never rounded: a price is what was written.
+As text a price is a decimal number of credits; in JSON it is that text, or a number that is written the same way. Whatever else comes
+in (signs, exponents, other digits than ASCII's, a seventh decimal, NaN) is refused and never rounded: a price is what was written, and
+no double beside it. So numbers of JSON come here as ``WrittenNumber``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from protocol import limits
 
 _DECIMAL = re.compile(r"([0-9]{1,9})(?:\.([0-9]{1,6}))?\Z")
+_SCIENTIFIC = re.compile(r"[0-9.+-]+[eE][0-9+-]+\Z")
 _CREDITS_MAX = 10**9 - 1  # nine digits before the point
 _ASK_CHARS_MAX = 128
 _SHOWN_CHARS = 40
@@ -45,6 +47,18 @@ class Ask:
         return self.per_job + per_tokens + per_time
 
 
+class WrittenNumber(float):
+    """A number of JSON that is no whole one, and how it was written: for ``json.loads(…, parse_float=WrittenNumber)``."""
+
+    __slots__ = ("text",)
+    text: str
+
+    def __new__(cls, text: str) -> WrittenNumber:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+
 def sum_of_asks(asks: Iterable[Ask]) -> Ask:
     """What several Islands want together for one job, each part at most the largest price there is."""
     every = [(ask.per_job, ask.per_1k_output, ask.per_second) for ask in asks]
@@ -55,19 +69,22 @@ def parse_credits(text: str) -> int:
     """``"0.25"`` credits as micro-credits. Raises ValueError for signs, exponents, blanks, or more than 6 decimals."""
     match = _DECIMAL.match(text)
     if match is None:
-        raise _no_price(repr(text[:_SHOWN_CHARS]))
+        shown = repr(text[:_SHOWN_CHARS])
+        is_scientific = _SCIENTIFIC.match(text[: _SHOWN_CHARS + 1]) is not None
+        raise _no_price(f"{shown}: write it without an exponent, and as text if need be (\"0.00005\")" if is_scientific else shown)
     whole, fraction = match.groups()
     return int(whole) * limits.CREDIT_MICROS + int((fraction or "").ljust(6, "0"))
 
 
 def parse_price(value: object) -> int:
-    """A price in JSON, such as a bid, as micro-credits: text as ``parse_credits`` reads it, or a number.
+    """A price in JSON, such as a bid, as micro-credits: text as ``parse_credits`` reads it, or a number that is written like that.
 
-    Raises ValueError for all else. Of a float counts what its shortest form says (``0.1`` is 0.1); one that needs an exponent or a
-    seventh decimal is refused, so prices below 0.0001 have to be text.
+    Raises ValueError for all else. Of a float that has lost how it was written counts what Python writes for it.
     """
     if isinstance(value, str):
         return parse_credits(value)
+    if isinstance(value, WrittenNumber):
+        return parse_credits(value.text)
     if type(value) is int:
         if not 0 <= value <= _CREDITS_MAX:  # not shown: it may have any number of digits
             raise _no_price("a number below 0" if value < 0 else "a larger number")

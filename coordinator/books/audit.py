@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import sqlalchemy as sql
 
 SHOWN_MAX = 10  # rows of one check that are named
+SILENT_MS_MAX = 7_200_000  # so long a job without an open ticket may be open: upkeep ends it much sooner
 _ENDED = "'succeeded', 'failed', 'cancelled'"
 
 
@@ -100,6 +101,16 @@ CHECKS = (
         "SELECT j.id, j.state, COALESCE(h.state, 'missing') AS hold FROM jobs j LEFT JOIN holds h ON h.id = j.id "
         # one whose tokens the Consumer takes himself has holds by its tickets
         f"WHERE j.holder = '' AND (h.state IS NULL OR (j.state IN ({_ENDED})) = (h.state = 'pending'))",
+    ),
+    Check(
+        "job {id} is {state}, and none of its tickets has been open for {hours} hours",
+        # its Consumer has gone without a word, and nobody has ended it; the newest ticket of all tells how late it is
+        "SELECT id, state, (now_ms - at_ms) / 3600000 AS hours FROM ("
+        "SELECT j.id, j.state, MAX(k.issued_at_ms) AS at_ms, (SELECT MAX(issued_at_ms) FROM tickets) AS now_ms "
+        "FROM jobs j JOIN tickets k ON k.job_id = j.id "
+        f"WHERE j.holder <> '' AND j.state NOT IN ({_ENDED}) "
+        "GROUP BY j.id, j.state HAVING SUM(CASE WHEN k.state = 'open' THEN 1 ELSE 0 END) = 0"
+        f") AS silent WHERE now_ms - at_ms > {SILENT_MS_MAX}",
     ),
     Check(
         "job {id} cost {a} micro-credits, what its holds were posted with and its tickets paid is {b}",

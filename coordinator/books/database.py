@@ -8,11 +8,13 @@ about to change. Readers never wait for them.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import sqlite3
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,17 @@ from coordinator.books.errors import BooksUnavailable
 from coordinator.books.schema import writer_turns
 from protocol.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 BUSY_TIMEOUT_S = 5.0  # another process writes: keys, accounts, a backup
+TROUBLE_FORGOTTEN_S = 60.0
+_WAL_PAUSE_S = 0.01
 _WRITERS = 0x6172_6368_6970  # name of the advisory lock, "archip"
 _MIGRATIONS = str(Path(__file__).parent / "migrations")
 _MIGRATION_VERSIONS = str(Path(__file__).parent / "migrations" / "versions")
 _LAST_WRITER = sql.select(writer_turns.c.owner)
 _OLD_VERSION_TABLE = "coordinator_schema"
+_TROUBLES_MAX = 100  # kinds of trouble that are told apart
 
 
 def sqlite_url(data_dir: Path) -> str:
@@ -50,6 +57,7 @@ class Database:
         try:
             self.engine = _engine(url)
             self.is_sqlite = self.engine.dialect.name == "sqlite"
+            self.trouble = Trouble()
             _migrate(self)
             self._file = _file_of(self.engine.url)
         except CommandError as error:
@@ -63,7 +71,7 @@ class Database:
     @contextlib.contextmanager
     def writing(self) -> Iterator[sql.Connection]:
         """A transaction that no other writer shares; committed at the end. Raises BooksUnavailable."""
-        with translated(), self.engine.connect() as connection, connection.begin():
+        with translated(self.trouble), self.engine.connect() as connection, connection.begin():
             self.check_file()
             if self.is_sqlite:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
@@ -80,13 +88,13 @@ class Database:
     @contextlib.contextmanager
     def reading(self) -> Iterator[sql.Connection]:
         """A connection for SELECTs. Raises BooksUnavailable."""
-        with translated(), self.engine.connect() as connection:
+        with translated(self.trouble), self.engine.connect() as connection:
             yield connection
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[sql.Connection]:
         """A connection whose SELECTs all see the books of one moment, and may take long. Raises BooksUnavailable."""
-        with translated(), self.engine.connect() as connection:
+        with translated(self.trouble), self.engine.connect() as connection:
             if self.is_sqlite:
                 connection.exec_driver_sql("BEGIN")
             else:
@@ -115,7 +123,7 @@ class Turns:
     def writing(self) -> Iterator[tuple[sql.Connection, bool]]:
         """The connection in a transaction, committed at the end; and whether nobody has written since the last one. Raises
         BooksUnavailable."""
-        with translated():
+        with translated(self._database.trouble):
             try:
                 connection = self._open()
                 with connection.begin():
@@ -175,15 +183,40 @@ def run_raw(connection: sql.Connection, text: str, rows: Sequence[Any] | None = 
         cursor.close()
 
 
+class Trouble:
+    """What is wrong with a database, for the log: once for each reason, and again when it comes back after TROUBLE_FORGOTTEN_S.
+
+    Any thread may use it. ``clock`` in seconds, only forward.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._lock = clock, threading.Lock()
+        self._seen_s: dict[str, float] = {}  # reason -> when it was given last
+
+    def note(self, reason: str) -> None:
+        now_s = self._clock()
+        with self._lock:
+            is_new = now_s - self._seen_s.get(reason, float("-inf")) > TROUBLE_FORGOTTEN_S
+            if is_new and len(self._seen_s) >= _TROUBLES_MAX:
+                self._seen_s.clear()
+            self._seen_s[reason] = now_s
+        if is_new:
+            log.warning("the database cannot be used: %s", reason)
+
+
 @contextlib.contextmanager
-def translated() -> Iterator[None]:
-    """The database's own complaints as BooksUnavailable; what breaks a constraint stays an IntegrityError, since it is our bug."""
+def translated(trouble: Trouble) -> Iterator[None]:
+    """The database's own complaints as BooksUnavailable; what breaks a constraint stays an IntegrityError, since it is our bug.
+
+    Clients hear the same text whatever is wrong: where our database is, and as whom we speak to it, stands in the log alone.
+    """
     try:
         yield
     except sql.exc.IntegrityError:
         raise
     except (DBAPIError, PoolTimeout) as error:
-        raise BooksUnavailable(f"the database cannot be used at the moment: {_reason(error)}") from error
+        trouble.note(_reason(error))
+        raise BooksUnavailable("the database cannot be used at the moment") from error
 
 
 def _reason(error: BaseException) -> str:
@@ -228,9 +261,23 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
     cursor = connection.cursor()
     # secure_delete: an answer whose time is over is overwritten, not just forgotten
     # wal_autocheckpoint: 16 MB, so that one commit in some hundreds pays for copying the log back, not one in fifty
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON", "wal_autocheckpoint=4000"):
+    _use_wal(cursor)
+    for pragma in ("synchronous=FULL", "foreign_keys=ON", "secure_delete=ON", "wal_autocheckpoint=4000"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _use_wal(cursor: Any) -> None:
+    """Whoever opens a new file while somebody else does is refused at once here, whatever the connection's time-out is (SQLite 3.40)."""
+    deadline_s = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline_s:
+                raise
+            time.sleep(_WAL_PAUSE_S)
 
 
 def _migrate(database: Database) -> None:

@@ -4,6 +4,10 @@ Theory of operation. On the direct path a job may take several tickets (another 
 owed by itself, so each has a hold of its own; the job's row adds them up. A ticket is settled once, by whoever comes first: the Consumer,
 who reports, or the Island, which claims. A ticket that the Consumer calls unused is freed at once; an Island that shows a count signed by
 him later is paid all the same, out of what the account has then.
+
+Rules. The bid is set when the job is opened: what its tickets have paid and what is held for its open ones never passes it, so a Consumer
+who says what he got pays no more, however many Islands his answer took. One who signs for more than he says pays that beside his bid. An
+Island that was gone in the middle of an answer is paid for its part of it only out of what the bid leaves.
 """
 
 from __future__ import annotations
@@ -36,13 +40,14 @@ from coordinator.books.ledger import (
     user,
 )
 from coordinator.books.rows import Address, Kind, Rows
-from protocol.prices import Ask
+from protocol.prices import Ask, format_credits
 
 
 class TicketState(StrEnum):
     OPEN = "open"
     PAID = "paid"
     FREED = "freed"  # without pay, on the Consumer's word or since nobody came
+    BROKEN = "broken"  # its Island was gone before the answer was whole; paid late, if at all
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,12 @@ class TicketRecord:
 TICKETS = Kind("tickets", TicketRecord, "id")
 
 
+def left_of(job: Job, tickets: Iterable[TicketRecord]) -> int:
+    """Micro-credits of a job's bid that are neither paid nor held for one of its tickets."""
+    held = sum(ticket.limit_micros for ticket in tickets if ticket.state is TicketState.OPEN and ticket.job_id == job.id)
+    return max(0, job.bid_micros - job.price_micros - held)
+
+
 @dataclass(frozen=True, slots=True)
 class OpenDirectJob:
     """The row of a job whose holds come with its tickets. Gives it as it is where it is there already."""
@@ -97,10 +108,17 @@ class OpenDirectJob:
 
 @dataclass(frozen=True, slots=True)
 class GrantTicket:
-    """Records a ticket with its hold. Raises BooksRefused(NO_CREDIT)."""
+    """Records a ticket with its hold.
+
+    ``others``: ids of all tickets that the job has had before. Raises BooksRefused: NO_CREDIT; OVER_HOLD where the job's bid does not leave
+    the ticket's limit; DIFFERS for a job that has tickets where the caller knows of none; NO_JOB, STATE.
+    """
 
     ticket: TicketRecord
     expires_at_ms: int
+    region: str = ""
+    placement: str = ""
+    others: tuple[str, ...] = ()
 
     def _hold(self) -> PlaceHold:
         return PlaceHold(self.ticket.id, user(self.ticket.account), self.ticket.limit_micros, self.expires_at_ms)
@@ -112,28 +130,46 @@ class GrantTicket:
         yield TICKETS, self.ticket.id
         yield JOBS, self.ticket.job_id
         yield from self._hold().reads(rows)
+        for other in self.others:
+            yield TICKETS, other
 
     def apply(self, rows: Rows, now_ms: int) -> TicketRecord:
         known = rows.get(TICKETS, self.ticket.id)
         if known is not None:
             return known
+        job = self._checked(rows)
         self._hold().apply(rows, now_ms)
         rows.put(TICKETS, self.ticket)
-        job = rows.get(JOBS, self.ticket.job_id)
-        if job is not None and not job.ended:
-            ask = self.ticket.ask
-            changed = replace(
-                job,
-                state=JobState.RUNNING,
-                island=self.ticket.island,
-                started_at_ms=job.started_at_ms or now_ms,
-                bid_micros=job.bid_micros + self.ticket.limit_micros,
-                ask_per_job=ask.per_job,
-                ask_per_1k_output=ask.per_1k_output,
-                ask_per_second=ask.per_second,
-            )
-            rows.put(JOBS, changed)
+        ask = self.ticket.ask
+        changed = replace(
+            job,
+            state=JobState.RUNNING,
+            island=self.ticket.island,
+            region=self.region,
+            placement=self.placement or job.placement,
+            started_at_ms=job.started_at_ms or now_ms,
+            ask_per_job=ask.per_job,
+            ask_per_1k_output=ask.per_1k_output,
+            ask_per_second=ask.per_second,
+        )
+        rows.put(JOBS, changed)
         return self.ticket
+
+    def _checked(self, rows: Rows) -> Job:
+        """The job, whose bid leaves what this ticket may cost."""
+        job = rows.get(JOBS, self.ticket.job_id)
+        if job is None:
+            raise BooksRefused(Why.NO_JOB, f"there is no job {self.ticket.job_id}")
+        if job.ended:
+            raise BooksRefused(Why.STATE, f"job {job.id} is over")
+        if job.started_at_ms and not self.others:
+            raise BooksRefused(Why.DIFFERS, f"job {job.id} has tickets already")
+        records = [rows.get(TICKETS, other) for other in self.others]
+        left = left_of(job, [record for record in records if record is not None])
+        if self.ticket.limit_micros > left:
+            said, bid = format_credits(left), format_credits(job.bid_micros)
+            raise BooksRefused(Why.OVER_HOLD, f"of the job's bid of {bid} credits {said} are left")
+        return job
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +177,10 @@ class SettleTicket:
     """Pays a ticket, or frees it where nothing was earned. Settled before, it stays as it was and is given.
 
     ``tokens``: that are to be paid for. ``is_claim``: the Island comes with a count that the Consumer has signed; where that says more than
-    the Consumer reported, the rest is paid too, out of what the account has. Raises BooksRefused: NO_JOB, NO_CREDIT (then).
+    the Consumer reported, the rest is paid too, out of what the account has; ``is_within_bid``, or for a ticket that was settled as
+    ``is_broken``, only as far as the job's bid goes. ``failed``: Islands that the Coordinator believes to have failed.
+
+    Raises BooksRefused: NO_JOB, NO_CREDIT (then).
     """
 
     id: str
@@ -154,6 +193,8 @@ class SettleTicket:
     succeeded: bool
     failed: tuple[str, ...] = ()
     is_claim: bool = False
+    is_broken: bool = False
+    is_within_bid: bool = False
 
     def _settlement(self, earned: tuple[Earned, ...] | None = None) -> Settlement:
         return Settlement(self.id, self.account, self.cargo, self.earned if earned is None else earned, self.failed, self.succeeded)
@@ -192,7 +233,7 @@ class SettleTicket:
         return self._note(rows, ticket, job, sum(share.amount for share in shares), now_ms)
 
     def _settle_late(self, rows: Rows, ticket: TicketRecord, job: Job, now_ms: int) -> TicketRecord:
-        late = self._late(rows, ticket) if self.is_claim else ()
+        late = self._late(rows, ticket, job) if self.is_claim else ()
         moves = self._moves(rows, late)
         if not moves:
             return ticket
@@ -208,11 +249,13 @@ class SettleTicket:
         return self._note(rows, ticket, job, wanted, now_ms)
 
     def _note(self, rows: Rows, ticket: TicketRecord, job: Job, price: int, now_ms: int) -> TicketRecord:
-        state = TicketState.PAID if price or self.succeeded else TicketState.FREED
-        tokens = max(self.tokens, ticket.paid_tokens) if state is TicketState.PAID else ticket.paid_tokens
+        is_paid = bool(price) or self.succeeded
+        state = TicketState.PAID if is_paid else TicketState.FREED
+        if self.is_broken or ticket.state is TicketState.BROKEN:
+            state = TicketState.BROKEN
+        tokens = max(self.tokens, ticket.paid_tokens) if is_paid else ticket.paid_tokens
         changed = replace(ticket, state=state, paid_micros=ticket.paid_micros + price, paid_tokens=tokens)
         rows.put(TICKETS, changed)
-        frees = ticket.state is TicketState.OPEN and not price
         compute_ms = 0 if ticket.state is TicketState.PAID else sum(earned.compute_ms for earned in self.earned)
         rows.put(
             JOBS,
@@ -222,7 +265,6 @@ class SettleTicket:
                 completion_tokens=job.completion_tokens + tokens - ticket.paid_tokens,
                 prompt_tokens=max(job.prompt_tokens, self.prompt_tokens),
                 compute_ms=job.compute_ms + compute_ms,
-                bid_micros=max(job.price_micros + price, job.bid_micros - (ticket.limit_micros if frees else 0)),
             ),
         )
         for index, earned in enumerate(self.earned):
@@ -231,12 +273,14 @@ class SettleTicket:
                 rows.put(RECEIPTS, ReceiptRecord(f"{self.id}:{index}", self.job_id, earned.island, earned.receipt, paid, now_ms))
         return changed
 
-    def _late(self, rows: Rows, ticket: TicketRecord) -> tuple[Earned, ...]:
-        """What is due beyond what was paid, in the proportion of what was earned in all."""
+    def _late(self, rows: Rows, ticket: TicketRecord, job: Job | None = None) -> tuple[Earned, ...]:
+        """What is due beyond what was paid, in the proportion of what was earned in all. Without ``job`` as if its bid were endless."""
         settlement = self._settlement()
         costs = [settlement.paid_for(rows, earned) for earned in self.earned]
         total = sum(costs)
         due = total - ticket.paid_micros
+        if job is not None and (self.is_within_bid or ticket.state is TicketState.BROKEN):
+            due = min(due, job.bid_micros - job.price_micros)
         if ticket.state is TicketState.OPEN or due <= 0 or self.tokens <= ticket.paid_tokens:
             return ()
         late = [replace(each, amount=due * each.amount // total) for each in self.earned]
@@ -281,6 +325,7 @@ class EndDirectJob:
     holder: str
     state: JobState
     error_code: str = ""
+    error_message: str = ""
 
     def reads(self, rows: Rows) -> Iterable[Address]:
         return (JOBS, self.job_id), (BALANCES, user(self.account))
@@ -291,6 +336,7 @@ class EndDirectJob:
         if job is None or job.account != self.account or self.holder not in ("", job.holder):
             raise BooksRefused(Why.NO_JOB, f"there is no job {self.job_id}")
         if not job.ended:
-            job = replace(job, state=self.state, finished_at_ms=now_ms, error_code=self.error_code)
+            code, text = self.error_code, self.error_message
+            job = replace(job, state=self.state, finished_at_ms=now_ms, error_code=code, error_message=text)
             rows.put(JOBS, job)
         return job, balance_of(rows, user(self.account)).available

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -19,6 +19,8 @@ _BLOBS = ("input", "output")
 _ONE = sql.select(*(jobs.c[name] for name in _JOB_FIELDS))
 _LISTED = tuple(name for name in _JOB_FIELDS if name not in _BLOBS)
 _LIST = sql.select(*(jobs.c[name] for name in _LISTED))
+_CHARGES_MAX = limits.COMPLETION_CHOICES_MAX * limits.ROUTE_STAGES_MAX + 1  # each choice pays each stage, and all the publisher
+_SKEW_MS = int(limits.CLOCK_SKEW_S * 1000)
 _OPEN = jobs.c.state.in_(("submitted", "assigned", "running"))  # as the partial index says it
 
 
@@ -64,10 +66,41 @@ def jobs_of(
 def charges_of(connection: sql.Connection, job_id: str) -> list[Transfer]:
     """The chains of transfers that a job was charged by."""
     names = [field.name for field in fields(Transfer)]
-    parts_max = limits.COMPLETION_CHOICES_MAX * limits.ROUTE_STAGES_MAX + 1  # each choice pays each stage, and all the publisher
-    its_own = transfers.c.id.in_(_numbered(connection, job_id, parts_max)) & (transfers.c.kind == TransferKind.CHARGE.value)
+    ids = [*_numbered(connection, job_id, _CHARGES_MAX), *_late_charges(connection, [job_id])]
+    its_own = (transfers.c.kind == TransferKind.CHARGE.value) & transfers.c.id.in_(ids)
     rows = connection.execute(sql.select(*(transfers.c[name] for name in names)).where(its_own).order_by(transfers.c.id))
     return [Transfer(**{**row._mapping, "kind": TransferKind(row.kind)}) for row in rows]
+
+
+def _late_charges(connection: sql.Connection, job_ids: Collection[str]) -> dict[str, str]:
+    """Charge -> job, of what Consumers paid up later on the direct path. Found by who paid, and when: such ids cannot be guessed."""
+    its_own = (transfers.c.reference == tickets.c.id) & transfers.c.id.like("%.late%") & (transfers.c.kind == TransferKind.CHARGE.value)
+    by_index = (transfers.c.debit == sql.literal("user:") + jobs.c.account) & (transfers.c.at_ms >= jobs.c.created_at_ms - _SKEW_MS)
+    joined = jobs.join(tickets, tickets.c.job_id == jobs.c.id).join(transfers, by_index & its_own)
+    chosen = sql.select(transfers.c.id, jobs.c.id.label("job_id")).select_from(joined).where(jobs.c.id.in_(job_ids), jobs.c.holder != "")
+    return {row.id: row.job_id for row in connection.execute(chosen)}
+
+
+def refunded_of(connection: sql.Connection, job_ids: Collection[str]) -> dict[str, int]:
+    """Job -> micro-credits that it got back, for those of these jobs that got any."""
+    its_tickets = sql.select(tickets.c.id, tickets.c.job_id).where(tickets.c.job_id.in_(job_ids))
+    job_of = {f"{row.id}:0": row.job_id for row in connection.execute(its_tickets)} | {f"{job_id}:0": job_id for job_id in job_ids}
+    job_of |= _late_charges(connection, job_ids)
+    # a refund answers each transfer of a chain, the first one too: so most jobs are told by two keys
+    given = {job_of[charge] for charge in _refunds(connection, job_of)}
+    return {
+        job_id: sum(_refunds(connection, (charge.id for charge in charges_of(connection, job_id))).values()) for job_id in sorted(given)
+    }
+
+
+def _refunds(connection: sql.Connection, charge_ids: Iterable[str]) -> dict[str, int]:
+    """Charge -> what was given back of it, by its payee and by the network."""
+    charge_of = {f"{charge}{end}": charge for charge in charge_ids for end in (":refund", ":refund:loss")}
+    chosen = sql.select(transfers.c.id, transfers.c.amount).where(transfers.c.id.in_(charge_of.keys()))
+    found: dict[str, int] = {}
+    for row in connection.execute(chosen.where(transfers.c.kind == TransferKind.REFUND.value)):
+        found[charge_of[row.id]] = found.get(charge_of[row.id], 0) + row.amount
+    return found
 
 
 def receipts_of(connection: sql.Connection, job_id: str) -> list[tuple[str, bytes, int]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from coordinator.books.accounts import (
     ISLANDS,
@@ -227,19 +228,18 @@ def _step(job: Job, state: JobState) -> None:
         raise BooksRefused(Why.STATE, f"job {job.id} is {job.state} and cannot become {state}")
 
 
-def _with(job: Job, placed: Placed | None) -> Job:
+def _where(job: Job, placed: Placed | None) -> dict[str, Any]:
+    """The columns that say where a job runs."""
     if placed is None:
-        return job
-    ask = placed.ask
-    return replace(
-        job,
-        island=placed.island,
-        region=placed.region,
-        placement=placed.placement or job.placement,
-        ask_per_job=ask.per_job,
-        ask_per_1k_output=ask.per_1k_output,
-        ask_per_second=ask.per_second,
-    )
+        return {}
+    return {
+        "island": placed.island,
+        "region": placed.region,
+        "placement": placed.placement or job.placement,
+        "ask_per_job": placed.ask.per_job,
+        "ask_per_1k_output": placed.ask.per_1k_output,
+        "ask_per_second": placed.ask.per_second,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +258,7 @@ class StartJob:
     def apply(self, rows: Rows, now_ms: int) -> Job:
         job = _mine(rows, self.job_id, self.owner, self.owner_boot)
         _step(job, self.state)
-        job = replace(_with(job, self.placed), state=self.state, started_at_ms=job.started_at_ms or now_ms)
+        job = replace(job, **_where(job, self.placed), state=self.state, started_at_ms=job.started_at_ms or now_ms)
         rows.put(JOBS, job)
         return job
 
@@ -446,11 +446,12 @@ class SettleJob:
     def _ended(self, job: Job, price: int, now_ms: int) -> Job:
         outcome = self.outcome
         return replace(
-            _with(job, outcome.placed),
+            job,
+            **_where(job, outcome.placed),
             state=outcome.state,
             price_micros=price,
             finished_at_ms=now_ms,
-            started_at_ms=job.started_at_ms or now_ms,
+            started_at_ms=job.started_at_ms or (now_ms if outcome.placed is not None else 0),
             prompt_tokens=outcome.prompt_tokens,
             completion_tokens=outcome.completion_tokens,
             compute_ms=outcome.compute_ms,

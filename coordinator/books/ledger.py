@@ -215,13 +215,15 @@ class PostHold:
     def reads(self, rows: Rows) -> Iterable[Address]:
         yield HOLDS, self.id
         yield BALANCES, self.account
-        for index, share in enumerate(self.shares):
+        for share in self.shares:
             yield BALANCES, share.account
-            yield TRANSFERS, f"{self.id}:{index}"
+        if rows.has(HOLDS, self.id):  # it says whether they are new
+            for index in range(len(self.shares)):
+                yield TRANSFERS, f"{self.id}:{index}"
 
     def news(self, rows: Rows) -> Iterable[Address]:
         hold = rows.peek(HOLDS, self.id)
-        if hold is not None and hold.state is HoldState.PENDING:
+        if rows.has(HOLDS, self.id) and (hold is None or hold.state is HoldState.PENDING):  # None: placed in the same transaction
             return tuple((TRANSFERS, f"{self.id}:{index}") for index in range(len(self.shares)))
         return ()
 

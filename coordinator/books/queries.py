@@ -13,7 +13,7 @@ import sqlalchemy as sql
 
 from coordinator.books.accounts import EARNING_KARMA_MILLI, IslandRecord, KarmaEvent, Publisher
 from coordinator.books.ledger import ISSUE, LOSSES, TransferKind, escrow, user
-from coordinator.books.schema import accounts, api_keys, balances, islands, karma_events, publishers, transfers
+from coordinator.books.schema import accounts, api_keys, balances, islands, karma_events, publishers, tickets, transfers
 
 _USER, _ESCROW = user(""), escrow("")
 
@@ -169,13 +169,20 @@ class Position:
     id: str = ""
 
 
+def _job_of(reference: sql.ColumnElement[str]) -> sql.ColumnElement[str]:
+    """The job: itself, or the one that the ticket is of which stands there, where the tokens went straight to the Consumer."""
+    its_job = sql.select(tickets.c.job_id).where(tickets.c.id == reference).scalar_subquery()
+    return sql.func.coalesce(its_job, reference)
+
+
 _EVENT_FIELDS = tuple(field.name for field in fields(KarmaEvent))
 
 
 def karma_of(connection: sql.Connection, peer: str, before: Position | None, limit: int) -> list[KarmaEvent]:
     """What changed an Island's karma, newest first."""
     table = karma_events
-    chosen = sql.select(*(table.c[name] for name in _EVENT_FIELDS)).where(table.c.peer == peer)
+    columns = [_job_of(table.c.job_id) if name == "job_id" else table.c[name] for name in _EVENT_FIELDS]
+    chosen = sql.select(*columns).where(table.c.peer == peer)
     if before is not None:
         chosen = chosen.where(sql.tuple_(table.c.at_ms, table.c.id) < sql.tuple_(before.at_ms, before.id))
     rows = connection.execute(chosen.order_by(table.c.at_ms.desc(), table.c.id.desc()).limit(limit))
@@ -240,7 +247,8 @@ def statement_lines(
         for side, column, amount in ((_IN, table.credit, table.amount), (_OUT, table.debit, -table.amount))
     ]
     both = sql.union_all(*(sql.select(side) for side in sides)).subquery()
-    rows = connection.execute(sql.select(both).order_by(both.c.at_ms, both.c.side, both.c.id).limit(limit))
+    wanted = sql.select(both, _job_of(both.c.reference).label("job"))
+    rows = connection.execute(wanted.order_by(both.c.at_ms, both.c.side, both.c.id).limit(limit))
     lines = []
     for row in rows:
         balance += row.amount
@@ -250,7 +258,7 @@ def statement_lines(
 
 def _line(row: sql.Row[Any], balance: int) -> Line:
     kind = EARNING if row.kind == TransferKind.CHARGE.value and row.amount > 0 else row.kind
-    return Line(row.id, row.at_ms, kind, row.reference if row.kind in _OF_JOBS else "", row.amount, balance)
+    return Line(row.id, row.at_ms, kind, row.job if row.kind in _OF_JOBS else "", row.amount, balance)
 
 
 def publishers_of(connection: sql.Connection) -> list[Publisher]:

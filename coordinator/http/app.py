@@ -33,7 +33,6 @@ from coordinator.http.sse import DONE, KEEP_ALIVE, EventStream, event
 from coordinator.http.terms import Terms, need_cargo, read_terms
 from coordinator.jobs import Accepted, Event, JobSpec, Replayed
 from coordinator.matching import declared_tokens
-from coordinator.placement import Placer
 from privacy.keys import cache_salt
 from protocol import limits
 from protocol.errors import Refused
@@ -85,15 +84,19 @@ class Routes(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What the handlers need. ``placer``, ``worker`` and ``well_known`` belong to trio and are only called through the bridge.
+    """What the handlers need. ``worker``, ``islands``, ``cargos``, ``well_known`` and ``has_books`` belong to trio and are only called
+    through the bridge.
 
+    ``islands()``: how many there are; ``cargos()``: name of each Cargo that is offered -> Unix time in seconds since when.
     ``more(admit)``: further addresses under /api/v1; ``admit(request, scope)`` gives the account. ``keep_s``: how long answers of chats and
-    completions are kept for requests that come again. ``job_timeout_s``: how long a job may run.
+    completions are kept for requests that come again. ``job_timeout_s``: how long a job may run. ``has_books()``: whether the database
+    can be used at the moment.
     """
 
     bridge: Bridge
     worker: Worker
-    placer: Placer
+    islands: Callable[[], int]
+    cargos: Callable[[], Awaitable[dict[str, int]]]
     gate: Gate
     metrics: Metrics
     well_known: Callable[[], dict[str, Any]]
@@ -104,14 +107,16 @@ class Services:
     keep_s: float = 0.0
     job_timeout_s: float = limits.JOB_TIMEOUT_S
     more: Callable[[Admit], Sequence[Routes]] = lambda admit: ()
+    has_books: Callable[[], bool] = lambda: True
     draining: threading.Event = field(default_factory=threading.Event)
 
 
 class Api:
-    """The handlers, one method each."""
+    """The handlers, one method each. ``answering``: requests that came before a drain and have still to be answered, for any thread."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self.answering = 0
         self._salt = functools.lru_cache(_ACCOUNTS_REMEMBERED)(functools.partial(cache_salt, services.salt_secret))
 
     def application(self) -> web.Application:
@@ -141,6 +146,9 @@ class Api:
         started_s = time.perf_counter()
         call = _Call(_request_id(request))
         _CALL.set(call)
+        # what comes later may still look at things, but nobody waits for it to end
+        counts = not self._services.draining.is_set()
+        self.answering += counts
         try:
             response = await handler(request)
         except ApiError as error:
@@ -160,6 +168,8 @@ class Api:
             trace = "".join(traceback.format_tb(error.__traceback__))
             log.error("request %s: %s\n%s", call.request_id, type(error).__name__, trace)
             response = _error(ApiError(500, "internal error", code="internal_error", kind="server_error"))
+        finally:
+            self.answering -= counts
         if call.begun and not response.prepared:
             raise ConnectionResetError("an answer that has begun cannot become another one")
         resource = request.match_info.route.resource
@@ -182,13 +192,20 @@ class Api:
         return json_response(models.model(await self._cargos(), request.match_info["name"]))
 
     async def health(self, _request: web.Request) -> web.StreamResponse:
+        """503 where requests should go to another Coordinator."""
         services = self._services
 
-        async def islands() -> int:
-            return services.placer.islands()
+        async def look() -> tuple[int, bool]:
+            return services.islands(), services.has_books()
 
-        status = "draining" if services.draining.is_set() else "ok"
-        return json_response({"status": status, "version": services.version, "islands": await services.bridge.call(islands)})
+        islands, has_books = await services.bridge.call(look)
+        if services.draining.is_set():
+            status = "draining"
+        else:
+            status = "ok" if has_books else "books_unavailable"
+        return json_response(
+            {"status": status, "version": services.version, "islands": islands}, status=200 if status == "ok" else 503
+        )
 
     async def metrics(self, _request: web.Request) -> web.StreamResponse:
         return web.Response(body=self._services.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
@@ -200,10 +217,7 @@ class Api:
         return json_response(await self._services.bridge.call(ask))
 
     async def _cargos(self) -> dict[str, int]:
-        async def ask() -> dict[str, int]:
-            return self._services.placer.cargos()
-
-        return await self._services.bridge.call(ask)
+        return await self._services.bridge.call(self._services.cargos)
 
     async def admit(self, request: web.Request, scope: str) -> str:
         """The account of the key. Raises ApiError."""

@@ -7,8 +7,9 @@ import functools
 import ipaddress
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 from aiohttp import web
 
@@ -16,7 +17,7 @@ from coordinator.books.errors import BooksUnavailable
 from coordinator.config import CoordinatorConfig
 from coordinator.http.errors import ApiError
 from coordinator.http.ratelimit import Limit, PerMinute, Standing, count_in_all, counted_as, tightest
-from coordinator.keys import ApiKey, KeyCache, KeyStore, hash_if_key
+from coordinator.keys import ApiKey, KeyCache, hash_if_key
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,18 @@ def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+class Keys(Protocol):
+    """Where keys are looked up; called in threads. Raises BooksUnavailable."""
+
+    def find(self, key_hash: str) -> ApiKey | None:
+        """What is valid now."""
+        ...
+
+    def note_used(self, used_at_ms: Mapping[int, int]) -> None:
+        """When keys were last used, by their id."""
+        ...
+
+
 class Gate:
     """Lets requests in. A right key is let in however many wrong ones came from its address; only the limit on all requests of an address,
     where the operator has set one, counts right and wrong ones alike.
@@ -38,7 +51,7 @@ class Gate:
 
     def __init__(
         self,
-        store: KeyStore,
+        store: Keys,
         config: CoordinatorConfig,
         clock: Callable[[], float],
         wall_ms: Callable[[], int] = _now_ms,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -24,11 +23,13 @@ from coordinator.http.terms import Terms, need_cargo, read_terms
 from coordinator.job_board import JobBoard, JobEvent
 from coordinator.jobs import JobSpec, Text
 from coordinator.matching import declared_tokens
+from coordinator.statement import time_text
 from protocol import limits
 from protocol.generation import GENERATION, GenerationRequest
 from protocol.prices import format_credits
 
 Admit = Callable[[web.Request, str], Awaitable[str]]
+WhyWaiting = Callable[[Mapping[str, str]], Mapping[str, str]]
 
 _LIST_DEFAULT = 20
 _OFFSET_MAX = 1_000_000_000
@@ -37,7 +38,10 @@ PATIENCE_SHARE = 0.95
 
 
 class JobRoutes:
-    """``salt(account)`` is the account's cache salt; ``secret`` keys fingerprints; ``keep_s`` is how long results are kept."""
+    """``salt(account)`` is the account's cache salt; ``secret`` keys fingerprints; ``keep_s`` is how long results are kept.
+
+    ``why_waiting(jobs)`` says of those that wait here (id -> Cargo) for what; it belongs to trio.
+    """
 
     def __init__(
         self,
@@ -50,9 +54,11 @@ class JobRoutes:
         job_timeout_s: float,
         keep_alive_s: float,
         draining: Callable[[], bool],
+        why_waiting: WhyWaiting,
     ) -> None:
         self._admit, self._bridge, self._board, self._salt, self._secret = admit, bridge, board, salt, secret
         self._keep_s, self._job_timeout_s, self._keep_alive_s, self._draining = keep_s, job_timeout_s, keep_alive_s, draining
+        self._why_waiting = why_waiting
 
     def routes(self, prefix: str) -> list[web.AbstractRouteDef]:
         jobs, one = f"{prefix}/jobs", prefix + "/jobs/{id}"
@@ -82,7 +88,8 @@ class JobRoutes:
         headers = {"Location": f"/api/v1/jobs/{job.id}", "x-archipelag-job": job.id}
         if job.id != order.spec.job_id:
             headers["x-archipelag-replayed"] = "true"
-        return json_response(job_json(job), status=201, headers=headers)
+        (shown,) = await self._shown(job)
+        return json_response(shown, status=201, headers=headers)
 
     async def list(self, request: web.Request) -> web.StreamResponse:
         account = await self._admit(request, "read")
@@ -94,10 +101,23 @@ class JobRoutes:
             raise bad_request("cargo is the name of a Cargo", "cargo")
         jobs, total = await self._bridge.call(self._board.ask, job_queries.jobs_of, account, limit, offset, states, cargo)
         meta = {"total": total, "limit": limit, "offset": offset}
-        return json_response({"data": [job_json(job) for job in jobs], "meta": meta})
+        return json_response({"data": await self._shown(*jobs), "meta": meta})
 
     async def get(self, request: web.Request) -> web.StreamResponse:
-        return json_response(job_json(await self._find(request)))
+        (shown,) = await self._shown(await self._find(request))
+        return json_response(shown)
+
+    async def _shown(self, *jobs: Job) -> Sequence[dict[str, Any]]:
+        """As their account sees them, with what is not in their rows: what was given back, and what they wait for."""
+        paid = [job.id for job in jobs if job.price_micros]
+        waiting = {job.id: job.cargo for job in jobs if not job.ended}
+
+        async def look() -> tuple[Mapping[str, int], Mapping[str, str]]:
+            refunded = await self._board.ask(job_queries.refunded_of, paid) if paid else {}
+            return refunded, self._why_waiting(waiting)
+
+        refunded, why = await self._bridge.call(look)
+        return [job_json(job, refunded.get(job.id, 0), why.get(job.id)) for job in jobs]
 
     async def cancel(self, request: web.Request) -> web.StreamResponse:
         account = await self._admit(request, "write")
@@ -112,6 +132,8 @@ class JobRoutes:
 
     async def output(self, request: web.Request) -> web.StreamResponse:
         job = await self._find(request)
+        if job.holder:
+            raise ApiError(404, "this job's answer went straight from its Island to its bridge; it was never here", code="output_not_here")
         text = await self._bridge.call(self._board.answer, job)
         if job.state is JobState.SUCCEEDED and text is None:
             raise ApiError(410, "the output of this job is not kept any more", code="output_expired")
@@ -229,7 +251,7 @@ def job_order(
     )
 
 
-def job_json(job: Job) -> dict[str, Any]:
+def job_json(job: Job, refunded_micros: int, waiting_for: str | None) -> dict[str, Any]:
     """A job as its account sees it; without its output, which has an address of its own."""
     return {
         "id": job.id,
@@ -242,13 +264,15 @@ def job_json(job: Job) -> dict[str, Any]:
         "bid_price": format_credits(job.bid_micros),
         "bid_source": job.bid_source,
         "price": format_credits(job.price_micros) if job.ended else None,
+        "refunded": format_credits(refunded_micros) if refunded_micros else None,
+        "waiting_for": waiting_for,
         "island": job.island or None,
         "region": job.region or None,
         "tries": job.tries,
         "usage": _usage(job) if job.ended else None,
         "error": _error(job),
         "created_at": _time(job.created_at_ms),
-        "started_at": _time(job.started_at_ms),
+        "started_at": _time(job.started_at_ms) if job.island else None,
         "completed_at": _time(job.finished_at_ms),
         "output_until": _time(job.result_expires_at_ms),
     }
@@ -279,11 +303,14 @@ def _usage(job: Job) -> dict[str, Any]:
 
 
 def _error(job: Job) -> dict[str, str] | None:
-    return {"code": job.error_code, "message": job.error_message} if job.error_code else None
+    if not job.error_code:
+        return None
+    text = "the job was cancelled, or its client left" if job.state is JobState.CANCELLED else "no more is known"
+    return {"code": job.error_code, "message": job.error_message or text}
 
 
 def _time(unix_ms: int) -> str | None:
-    return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(timespec="milliseconds") if unix_ms else None
+    return time_text(unix_ms) if unix_ms else None
 
 
 def _id(request: web.Request) -> str:

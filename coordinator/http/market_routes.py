@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -24,6 +24,8 @@ from protocol.prices import format_ask, format_credits
 Admit = Callable[[web.Request, str], Awaitable[str]]
 
 _BIDS_MAX = 1000
+# field -> its other name
+_ASKING_FIELDS = {"workload_slug": "cargo", "cargo": "", "host_id": "island", "island": "", "asking_price": ""}
 
 
 class MarketRoutes:
@@ -114,7 +116,7 @@ class MarketRoutes:
         try:
             wanted = parsing.parse_asking_price(body)
         except ValueError as error:
-            raise bad_request(str(error), str(error).partition(":")[0]) from None
+            raise bad_request(str(error), _field_of(str(error), body)) from None
         await self._bridge.call(self._market.set_ask, account, wanted)
         return json_response({"workload_slug": wanted.cargo, "host_id": wanted.island, "asking_price": format_ask(wanted.ask)})
 
@@ -138,6 +140,15 @@ class MarketRoutes:
             job_s_max=self._job_timeout_s,
         )
         return json_response(answers.quote_answer(await self._bridge.call(self._market.make_quote, wish, work, explicit)), 201)
+
+
+def _field_of(message: str, body: Mapping[str, Any]) -> str | None:
+    """The field of an asking price that a complaint begins with, by the name that the client gave it."""
+    name = message.split(" ", 1)[0].rstrip(":")
+    if name not in _ASKING_FIELDS:
+        return None
+    other = _ASKING_FIELDS[name]
+    return other if other and body.get(name) is None and body.get(other) is not None else name
 
 
 def quoted_work(body: dict[str, Any], job_timeout_s: float) -> tuple[str, Work]:

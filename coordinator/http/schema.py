@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from coordinator.http.errors import bad_request, unsupported
 from protocol import limits
 from protocol.generation import ChatMessage, GenerationRequest, OutputFormat, Role, Sampling
+from protocol.prices import WrittenNumber
 
 _ROLES = {
     "system": Role.SYSTEM,
@@ -43,9 +44,10 @@ class ApiRequest:
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The JSON object of a body. Raises ApiError 400 for anything else, NaN and Infinity included."""
+    """The JSON object of a body; its numbers know how they were written, for those that are prices. Raises ApiError 400 for anything
+    else, NaN and Infinity included."""
     try:
-        value = json.loads(body, parse_constant=_no_constant)
+        value = json.loads(body, parse_float=WrittenNumber, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, json.JSONDecodeError) else "it is not valid"
         raise bad_request(f"the body could not be read as JSON: {reason}", None, "invalid_json") from None
@@ -183,9 +185,9 @@ def _within(value: float, param: str, low: float, high: float) -> None:
 
 def _number(value: object, param: str, low: float, high: float) -> float:
     """A finite number. An int that is too large for a float fails the comparison, not the conversion."""
-    if type(value) is not float and type(value) is not int:
+    if not isinstance(value, float) and type(value) is not int:
         raise _wrong_type(param, "a number", value)
-    if type(value) is float and not math.isfinite(value):  # 1e999 reads as infinity
+    if isinstance(value, float) and not math.isfinite(value):  # 1e999 reads as infinity
         raise bad_request(f"{param} must be a finite number", param)
     _within(value, param, low, high)
     return float(value)

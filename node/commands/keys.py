@@ -3,7 +3,7 @@
 A key is printed once, alone on stdout, and stored only as a hash: whoever loses it makes another. Lists show its first characters and its
 number, by which it is revoked and rotated.
 
-  keys create          make a key and print it
+  keys create          make a key and print it; for another account than "local" that has to be made first (accounts create NAME)
   keys list            all keys, or those of one account: what they may do, when they were last used
   keys revoke ID       it counts no more within seconds
   keys rotate ID       make a key that takes its place, and print it; the old one stays valid for a day
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from coordinator.books.queries import KeyRecord
 
 HELP = "make, list, revoke and rotate API keys"
+_ACCOUNT_DEFAULT = "local"
 _SCOPES = ("read", "write")
 _GRACE_HOURS = 24.0
 _GRACE_HOURS_MAX = 720.0
@@ -38,7 +39,7 @@ _ID_DIGITS_MAX = 9
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     create = _add(actions, "create", _create, "make a key and print it, alone on stdout")
-    create.add_argument("--account", metavar="NAME", help="account that the key belongs to, made where there is none (default: local)")
+    create.add_argument("--account", metavar="NAME", help="account that the key belongs to (default: local, made where there is none)")
     create.add_argument("--name", metavar="TEXT", help="what to call the key in lists")
     create.add_argument("--scopes", metavar="LIST", help="what it may do: read, write, or both (default: read,write)")
     create.add_argument("--rate-limit", type=checked(parse_count), metavar="N", help="requests a minute (default: no limit)")
@@ -74,7 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     from coordinator.keys import KeyRefused
     from node.database import open_books
 
-    with open_books(settings.data_dir, settings.database_url, make=settings.action == "create") as database:
+    makes = settings.action == "create" and settings.account == _ACCOUNT_DEFAULT
+    with open_books(settings.data_dir, settings.database_url, make=makes) as database:
         try:
             settings.perform(settings, database)
         except KeyRefused as refused:
@@ -85,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(settings: argparse.Namespace) -> None:
     """Before a database is opened, or made. Raises ConfigError."""
     if settings.action == "create":
-        defaults(settings, account="local", scopes="read,write", name="")
+        defaults(settings, account=_ACCOUNT_DEFAULT, scopes="read,write", name="")
         scopes = _scopes(settings.scopes)
         if not scopes or not set(scopes) <= set(_SCOPES):
             raise ConfigError(f"--scopes takes {' and '.join(_SCOPES)}, separated by a comma, not {settings.scopes!r}")
@@ -117,7 +119,19 @@ def _create(settings: argparse.Namespace, database: Database) -> None:
         check_key_name(settings.name)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if wanted.account != _ACCOUNT_DEFAULT:
+        _need_account(database, wanted.account)
     print(KeyStore(database).create(wanted, settings.name).key)
+
+
+def _need_account(database: Database, name: str) -> None:
+    """A slip of the pen must not make an account with its 10,000 credits. Raises ConfigError."""
+    from coordinator.books.queries import account_view
+
+    with database.reading() as connection:
+        if account_view(connection, name) is not None:
+            return
+    raise ConfigError(f"there is no account {name}; make it with archipelag-node accounts create {name}, or see accounts list")
 
 
 def _list(settings: argparse.Namespace, database: Database) -> None:

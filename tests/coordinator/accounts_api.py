@@ -113,7 +113,8 @@ async def serving(database_url: str, **settings: Any) -> AsyncIterator[Served]:
                 services = Services(
                     bridge=Bridge(nursery),
                     worker=nobody,
-                    placer=nobody,
+                    islands=nobody,
+                    cargos=nobody,
                     gate=gate,
                     metrics=Metrics(Statistics(), dict),
                     well_known=dict,

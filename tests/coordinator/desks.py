@@ -23,6 +23,7 @@ from coordinator.books.errors import BooksUnavailable
 from coordinator.books.jobs import Job
 from coordinator.books.ledger import BALANCES, Move, TransferKind, user
 from coordinator.books.stored import Loaded, Stored
+from coordinator.books.writer import Pending
 from coordinator.config import CoordinatorConfig
 from coordinator.keys import ACCOUNT_DEFAULT, create_key
 from coordinator.server import open_coordinator
@@ -115,8 +116,14 @@ def silence(books: Books) -> None:
     async def nothing(*_arguments: Any) -> NoReturn:
         raise BooksUnavailable("as the test wants it")
 
+    def begin(*_operations: Any) -> Pending:
+        pending = Pending()
+        pending.settle([], BooksUnavailable("as the test wants it"))
+        return pending
+
     for name in ("do", "do_all", "ask", "change"):
         setattr(books, name, nothing)
+    books.begin = begin  # type: ignore[method-assign]
 
 
 async def complaints(books: Books) -> list[str]:

@@ -44,7 +44,7 @@ def settle(id: str, job: str, amount: int, succeeded: bool = True, is_claim: boo
 
 
 def direct_job(id: str) -> Job:
-    return Job(id, "ann", "echo", "chat", JobState.SUBMITTED, 0, 0, "explicit", "coordinator", 1, TODAY_MS, holder=peer(9))
+    return Job(id, "ann", "echo", "chat", JobState.SUBMITTED, 0, 15_000, "explicit", "coordinator", 1, TODAY_MS, holder=peer(9))
 
 
 def fill(database: Database) -> None:
@@ -65,7 +65,10 @@ def fill(database: Database) -> None:
     do(database, Refund(charges))
     do(database, Refill("ann"), now_ms=TODAY_MS + DAY_MS)
     do(database, OpenDirectJob(direct_job("direct-1")), GrantTicket(ticket("t1", "direct-1"), TODAY_MS + 1000))
-    do(database, GrantTicket(ticket("t2", "direct-1"), TODAY_MS + 1000), GrantTicket(ticket("t3", "direct-1"), TODAY_MS + 1000))
+    do(database, GrantTicket(ticket("t2", "direct-1"), TODAY_MS + 1000, others=("t1",)))
+    do(database, GrantTicket(ticket("t3", "direct-1"), TODAY_MS + 1000, others=("t1", "t2")))
+    do(database, OpenDirectJob(direct_job("direct-2")), GrantTicket(ticket("t4", "direct-2"), TODAY_MS + 1000))
+    do(database, settle("t4", "direct-2", 0, succeeded=False))  # its Consumer has gone
     do(database, settle("t1", "direct-1", 2000), settle("t2", "direct-1", 0, succeeded=False))
     do(database, EndDirectJob("direct-1", "ann", peer(9), JobState.SUCCEEDED), settle("t2", "direct-1", 1500, is_claim=True))
 
@@ -167,6 +170,10 @@ BREAKS: tuple[tuple[str, ...], ...] = (
     ),
     ("UPDATE tickets SET state = 'open' WHERE id = 't1'", "ticket t1 is open, its hold is posted"),
     ("UPDATE tickets SET state = 'freed' WHERE id = 't3'", "ticket t3 is freed, its hold is pending"),
+    (
+        "UPDATE tickets SET issued_at_ms = issued_at_ms + 10800000 WHERE id = 't3'",
+        "job direct-2 is running, and none of its tickets has been open for 3 hours",
+    ),
     ("DELETE FROM holds WHERE id = 't3'", "ticket t3 is open, its hold is missing"),
     ("UPDATE jobs SET account = 'bob' WHERE id = 'job-1'", "job job-1 is of account bob, its hold of user:ann"),
 )

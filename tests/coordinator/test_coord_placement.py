@@ -355,6 +355,28 @@ async def test_those_who_cannot_be_served_are_tried_in_bounded_numbers_and_starv
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize(("rows", "tries"), [(32_000, 20), (40, 10), (1, 2)])
+async def test_the_more_islands_there_are_the_fewer_are_tried_at_a_time(monkeypatch: pytest.MonkeyPatch, rows: int, tries: int) -> None:
+    monkeypatch.setattr(module, "SETTLE_ROWS_MAX", rows)
+    placer, _ = placer_for(*(island(number, **slots(1), ask=Ask(1000)) for number in range(4)))
+    async with trio.open_nursery() as nursery:
+        for number in range(20):
+            nursery.start_soon(placer.place, wish(price_max_micros=number, waits_for_price=True), 30, 5)
+        await trio.testing.wait_all_tasks_blocked()
+        calls = 0
+        take = placer._take
+
+        def counted(wish: Wish) -> Placement | Refusal:
+            nonlocal calls
+            calls += 1
+            return take(wish)
+
+        monkeypatch.setattr(placer, "_take", counted)
+        placer.book_changed()
+        assert calls == tries
+        nursery.cancel_scope.cancel()
+
+
 # -- price and policy
 
 

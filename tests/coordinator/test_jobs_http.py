@@ -82,6 +82,8 @@ async def test_a_job_from_beginning_to_end(database_url: str) -> None:
             "bid_price": "0.5",
             "bid_source": "explicit",
             "price": format_credits(PRICE),
+            "refunded": None,
+            "waiting_for": None,
             "island": one.peer,
             "region": "de-berlin",
             "tries": 1,
@@ -250,19 +252,25 @@ async def test_a_job_that_waits_is_cancelled(tmp_path: Path) -> None:
         assert (await get(running, f"{JOBS}/{running_id}")).json()["state"] == "assigned"
 
 
-async def test_a_job_that_runs_is_cancelled_and_costs_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_watched", [True, False])
+async def test_a_job_that_runs_is_cancelled_and_costs_what_was_read(tmp_path: Path, is_watched: bool) -> None:
     one = island(1, Script(hang_after=3), ask=ASK)
     async with opened(url_of(tmp_path), one) as running:
         job_id = await submit(running)
         seen: list[Event] = []
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(watch, running, job_id, seen)
+            if is_watched:
+                nursery.start_soon(watch, running, job_id, seen)
+                await until(lambda: len(seen) == 6)
             await until(lambda: one.open_now == 1)
             assert (await delete(running, job_id)).json()["state"] == "cancelled"
-        assert outline(seen)[-1] == "complete cancelled" and one.cancelled == 1
-        assert await funds(running) == (ALL, 0)
+        assert not is_watched or outline(seen)[-1] == "complete cancelled"
+        assert one.cancelled == 1
+        paid = ASK.price(3, 0) if is_watched else 0
+        assert await funds(running) == (ALL - paid, 0)
         again = await delete(running, job_id)
         assert again.status_code == 200 and again.json()["state"] == "cancelled"
+        assert (await row(running, job_id)).price_micros == paid
 
 
 async def test_what_has_ended_stays_as_it_is(tmp_path: Path) -> None:

@@ -129,6 +129,7 @@ class ScriptedDesk:
     wanted: list[TicketWanted] = field(default_factory=list)
     granted: list[bytes] = field(default_factory=list)
     places: list[PlaceFreed] = field(default_factory=list)
+    desks: list[str] = field(default_factory=list)  # whose streams are open
     settled: list[JobSettled] = field(default_factory=list)
     dropped: list[JobDropped] = field(default_factory=list)
     claimed: list[Claim] = field(default_factory=list)
@@ -200,6 +201,12 @@ class ScriptedDesk:
 
     async def mend(self, wanted: MendWanted, holder: str) -> TicketGranted:
         raise Refused(Code.NO_ISLAND, "no pipelines here")
+
+    def opened(self, holder: str) -> None:
+        self.desks.append(holder)
+
+    def closed(self, holder: str) -> None:
+        self.desks.remove(holder)
 
     def freed(self, freed: PlaceFreed, holder: str) -> None:
         self.places.append(freed)
@@ -316,8 +323,11 @@ async def open_island(number: int, cargo: LoadedCargo, ask: Ask = Ask(per_job=10
 
 
 @asynccontextmanager
-async def bridged(folder: Path, *cargos: LoadedCargo, api_key: str = API_KEY) -> AsyncIterator[Bridged]:
-    """A bridge to a Coordinator and to an Island for each Cargo, one with echo where none is named."""
+async def bridged(
+    folder: Path, *cargos: LoadedCargo, api_key: str = API_KEY, coordinator_url: str = ""
+) -> AsyncIterator[Bridged]:
+    """A bridge to a Coordinator and to an Island for each Cargo, one with echo where none is named. ``coordinator_url``: that it knows too,
+    and need not dial."""
     desk = ScriptedDesk()
     data = DataDir.open(folder / "bridge")
     async with trio.open_nursery() as nursery, open_host(COORDINATOR.seed) as coordinator:
@@ -328,7 +338,8 @@ async def bridged(folder: Path, *cargos: LoadedCargo, api_key: str = API_KEY) ->
             await opened.wait()
         async with open_host(data.key("identity").seed, ()) as host:
             stop = trio.Event()
-            role = BridgeRole(str(folder / "bridge"), (coordinator.addresses()[0],), api_key)
+            known = (coordinator.addresses()[0], *([coordinator_url] if coordinator_url else ()))
+            role = BridgeRole(str(folder / "bridge"), known, api_key)
             url = await nursery.start(serve_bridge, role, data, host, stop)
             yield Bridged(desk, coordinator, server, url, stop, nursery, coordinator.addresses()[0])
             nursery.cancel_scope.cancel()

@@ -84,11 +84,27 @@ def run_job(database: Database, id: str, account: str, amount: int, compute_ms: 
 
 
 def test_a_key_is_printed_alone_and_works(run: Run, database: Database) -> None:
+    good(run("accounts", "create", "ann"))
     said = run("keys", "create", "--account", "ann", "--name", "laptop", "--scopes", "read", "--rate-limit", "7")
     assert good(said).count("\n") == 1 and said.err == ""
     found = KeyStore(database).find(api_key_hash(said.out.strip()))
     assert found is not None
     assert (found.account, found.scopes, found.rate_limit_per_minute) == ("ann", frozenset({"read"}), 7)
+
+
+def test_a_slip_of_the_pen_makes_no_account(run: Run) -> None:
+    good(run("accounts", "create", "ann"))
+    refused(run("keys", "create", "--account", "anne"), "no account anne", "accounts create anne", "accounts list")
+    assert "anne" not in good(run("accounts", "list")) and "no keys" in good(run("keys", "list"))
+    good(run("keys", "create", "--account", "ann"))
+    good(run("keys", "create"))
+    assert "local" in good(run("accounts", "list")), "the default account is made"
+
+
+def test_keys_of_an_account_in_a_folder_without_books(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "typo"
+    refused(runner(capsys)("keys", "create", "--account", "ann", "--data-dir", str(folder)), "--data-dir", "--database-url")
+    assert not folder.exists()
 
 
 def test_keys_of_a_fresh_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,6 +136,8 @@ def test_the_nodes_own_settings_are_left_to_it(tmp_path: Path, capsys: pytest.Ca
 
 def test_keys_are_listed_rotated_and_revoked(run: Run, database: Database) -> None:
     assert "keys create" in good(run("keys", "list"))
+    for name in ("ann", "bob"):
+        good(run("accounts", "create", name))
     first = good(run("keys", "create", "--account", "ann", "--name", "laptop")).strip()
     good(run("keys", "create", "--account", "bob"))
     listed = good(run("keys", "list"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import subprocess
+import sys
 import threading
 from contextlib import closing, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ import httpx
 import pytest
 from sqlalchemy import make_url
 
+from coordinator.books.database import Database
 from node.localnet import LocalNetwork, LocalNode
 from tests.node.coordinators_net import ACCOUNT, ECHO, Client, Ledgers, wait_for
 from tests.postgres import PostgresServer
@@ -39,6 +41,23 @@ def copy_books(url: str, request: pytest.FixtureRequest, folder: Path) -> str:
     subprocess.run(["pg_dump", "--format=custom", f"--file={file}", *_where(url)], check=True, timeout=60)
     subprocess.run(["pg_restore", "--exit-on-error", *_where(into), file], check=True, timeout=60)
     return into
+
+
+def test_a_copy_as_readme_makes_it_is_read_by_nobody_else(tmp_path: Path) -> None:
+    """Its commands as they stand there, with Python's SQLite in place of the shell's."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme[readme.index("## Back up and restore") :]
+    commands = section[section.index("```sh") + 5 :].split("```")[0].replace("pg_dump", "true")
+    shell = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute(sys.argv[2])"
+    (tmp_path / "sqlite3").write_text(f'#!/bin/sh\nexec {sys.executable} -c "{shell}" "$@"\n')
+    (tmp_path / "sqlite3").chmod(0o700)
+    (tmp_path / "run.sh").write_text(f"umask 022\n{commands}")
+    Database(f"sqlite:///{tmp_path / 'coordinator.db'}").close()
+    where = {"PATH": f"{tmp_path}:/usr/bin:/bin", "DATABASE_URL": "postgresql://db/archipelag"}
+    subprocess.run(["/bin/sh", "-e", "run.sh"], cwd=tmp_path, env=where, check=True, timeout=60)
+    assert (tmp_path / "books.db").stat().st_mode & 0o777 == 0o600
+    with closing(sqlite3.connect(tmp_path / "books.db")) as connection:
+        assert connection.execute("SELECT count(*) FROM accounts").fetchone() == (0,)
 
 
 def lose_all_but_the_keys(node: LocalNode) -> None:

@@ -12,10 +12,14 @@ import trio
 import trio.testing
 
 from coordinator.http.errors import ApiError
+from coordinator.matching import Refusal
+from coordinator.placement import NotPlaced
 from node.desk_client import WISHES_MAX
+from protocol.counts import read_count
 from protocol.direct import RateStanding
 from protocol.errors import Code, Refused
 from protocol.receipts import read_receipt
+from protocol.tickets import Ticket
 from runtimes.echo import EchoCargo
 from tests.node.direct_net import API_KEY, WRONG_KEY, bridged
 
@@ -124,6 +128,7 @@ ERRORS: dict[str, tuple[Exception, int, str]] = {
     ),
     "full": (Refused(Code.NO_CAPACITY, "all busy"), 503, "no_capacity"),
     "unknown": (Refused(Code.UNKNOWN_CARGO, "nobody offers it"), 404, "model_not_found"),
+    "bid": (NotPlaced(Refusal(Code.NO_ISLAND, "all want more", by_price=True)), 402, "bid_too_low"),
     "scope": (
         ApiError(403, "this key lacks a scope", code="insufficient_scope", kind="permission_error"),
         403,
@@ -144,6 +149,8 @@ async def test_the_desk_s_errors_are_the_client_s(tmp_path: Path, name: str, str
         assert error["code"] == code and set(error) == {"message", "type", "param", "code"}
         if name == "rate":
             assert answer.headers["Retry-After"] == "7"
+        if name == "bid":
+            assert error["param"] == "bid_price" and "Retry-After" not in answer.headers
         assert not net.desk.settled and not net.desk.dropped, "no ticket, nothing to report"
 
 
@@ -171,6 +178,12 @@ async def test_an_island_that_dies_is_replaced_in_the_middle_of_an_answer(tmp_pa
                     await trio.sleep(0.005)
             first.host.stop_nowait()
 
+        def cut(ticket: Ticket) -> Ticket:
+            """To what is still to come, as the books do."""
+            signed = [read_count(place.count).tokens for place in net.desk.places if place.count]
+            return replace(ticket, token_limit=ticket.token_limit - sum(signed))
+
+        net.desk.alter = cut
         net.nursery.start_soon(kill)
         answer = await net.with_openai(chat)
         assert answer.choices[0].message.content == SENTENCE, "not a word lost or told twice"
@@ -178,10 +191,25 @@ async def test_an_island_that_dies_is_replaced_in_the_middle_of_an_answer(tmp_pa
         again = net.desk.wanted[1]
         assert [one.peer for one in again.excluded] == [first.peer] and again.job_id == net.desk.wanted[0].job_id
         assert again.engine == "echo/1" and again.content_hash == first.offer().content_hash
-        assert net.desk.places[0].outcome == Code.LINK_LOST
+        (lost, freed) = net.desk.places
+        assert lost.outcome == Code.LINK_LOST and read_count(lost.count).tokens >= 8 and freed.outcome == ""
         with_receipt, broken_off = net.desk.settled[0].attempts
         assert read_receipt(with_receipt.receipt).island == second.peer
         assert not broken_off.receipt and broken_off.count, "what the first had sent is signed for and reported"
+
+
+@pytest.mark.parametrize("path", ["account", "account/statement", "jobs", "jobs/ab", "quotes", "market/rates/a/b", "api-keys", "islands"])
+async def test_what_a_bridge_does_not_have_it_says_where_to_ask_for(tmp_path: Path, path: str) -> None:
+    async with bridged(tmp_path, coordinator_url="http://192.0.2.7:8080/") as net:
+        async with net.http() as client:
+            for method in ("GET", "POST", "DELETE"):
+                answer = await client.request(method, f"/api/v1/{path}")
+                error = answer.json()["error"]
+                assert (answer.status_code, error["code"]) == (404, "ask_the_coordinator")
+                assert f"http://192.0.2.7:8080/api/v1/{path}" in error["message"] and "/p2p/" not in error["message"]
+            assert (await client.get("/api/v1/nothing")).json()["error"]["code"] == "not_found"
+        async with net.http("") as client:
+            assert (await client.get(f"/api/v1/{path}")).status_code == 401
 
 
 async def test_an_island_that_is_full_is_rested(tmp_path: Path) -> None:

@@ -242,6 +242,16 @@ async def test_an_empty_answer_is_signed_for_too(kit: Any) -> None:
         assert read_count(claim.count).tokens == 0 and read_receipt(claim.receipt).sent_tokens == 0
 
 
+async def test_a_ticket_allows_tokens_that_are_still_to_come(kit: Any) -> None:
+    async with kit.open_pair() as pair:
+        payload = kit.prompt("a b c d", resume=pack_tokens([0, 1]), max_tokens=6)
+        async with pair.links.run_job(pair.island_key.peer_id, pair.sealed(count_every=10, token_limit=4), payload) as job:
+            assert isinstance((await kit.collect(job))[-1], JobDone)
+        with pytest.raises(Refused, match="allows 3 tokens, not 4"):
+            async with pair.links.run_job(pair.island_key.peer_id, pair.sealed(count_every=10, token_limit=3), payload) as job:
+                await kit.collect(job)
+
+
 async def test_a_refused_job_is_not_claimed(kit: Any) -> None:
     async with kit.open_pair() as pair:
         ticket = pair.sealed(count_every=10, token_limit=5)

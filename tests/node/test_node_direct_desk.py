@@ -134,6 +134,16 @@ async def test_a_bridge_that_is_gone_leaves_nothing_behind() -> None:
                 await trio.sleep(0.01)
 
 
+async def test_the_books_hear_whose_streams_are_open() -> None:
+    async with at_the_desk() as client:
+        await client.ask(ModelsWanted(1, API_KEY))
+        assert client.desk.desks == [NodeKey(b"b" * 32).peer_id]
+        client.stream.abort()
+        with trio.fail_after(5):
+            while client.desk.desks:
+                await trio.sleep(0.01)
+
+
 async def test_wrong_keys_are_heard_five_times_a_minute() -> None:
     async with at_the_desk() as client:
         for number in range(1, limits.DESK_WRONG_KEYS_PER_MINUTE + 1):

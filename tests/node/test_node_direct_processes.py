@@ -41,8 +41,8 @@ class Direct:
         self.bridge = network.start_bridge("bridge", self.key)
         self.url = str(self.bridge.wait_ready(60)["http"])
 
-    def stream(self, text: str = SENTENCE) -> Stream:
-        return Stream(self.url, self.key, text)
+    def stream(self, text: str = SENTENCE, **more: Any) -> Stream:
+        return Stream(self.url, self.key, text, **more)
 
     def account(self) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {self.key}"}
@@ -63,8 +63,8 @@ class Direct:
 class Stream:
     """One streamed chat over plain http.client."""
 
-    def __init__(self, url: str, key: str, text: str) -> None:
-        body = {"model": "echo", "messages": [{"role": "user", "content": text}], "stream": True}
+    def __init__(self, url: str, key: str, text: str, **more: Any) -> None:
+        body = {"model": "echo", "messages": [{"role": "user", "content": text}], "stream": True, **more}
         self.connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         self.connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
@@ -142,6 +142,25 @@ def test_a_consumer_that_is_killed_pays_what_it_has_signed(network: LocalNetwork
     paid = direct.paid()
     assert 96 <= paid < 200, "what was signed, and no more"
     assert float(direct.account()["credits_held"]) == 0
+
+
+def test_an_island_that_is_killed_in_mid_answer_costs_no_more_than_the_bid(network: LocalNetwork) -> None:
+    asks = ("--cargo", "echo", "--echo-delay", "0.01", "--ask", "echo=1+0+0")
+    direct = Direct(network, *asks)
+    other = network.start_island("two", *asks)
+    other.wait_ready()
+    wait_for("both Islands", lambda: status(direct.coordinator)["islands"] == 2)
+    stream = direct.stream(max_tokens=300, bid_price="1")
+    stream.read(until=lambda: len(stream.events) > 100)
+    names = {status(node)["peer_id"]: node for node in (direct.island, other)}
+    names.pop(stream.answer.headers["x-archipelag-island"]).kill()
+    (survivor,) = names.values()
+    stream.read()
+    assert stream.done and stream.text == SENTENCE, stream.events[-1]
+    (metadata,) = [event["metadata"] for event in stream.events if event.get("metadata", {}).get("price")]
+    assert metadata["price"] == "1" and direct.paid() == 1000
+    wait_for("the other Island's claim", lambda: status(survivor)["claims"]["settled"] == 1)
+    assert direct.paid() == 1000 and float(direct.account()["credits_held"]) == 0
 
 
 def test_the_coordinator_is_killed_in_the_middle_and_comes_back(network: LocalNetwork) -> None:

@@ -325,7 +325,7 @@ DESK_MESSAGES: tuple[Any, ...] = (
         standing=STANDING,
     ),
     direct.DeskRefused(1, Code.NO_CAPACITY, "all are busy", 503, "server_error", "no_capacity", "", 2, STANDING),
-    direct.PlaceFreed(JOB_ID, b"\x11" * 32, Code.LINK_LOST),
+    direct.PlaceFreed(JOB_ID, b"\x11" * 32, Code.LINK_LOST, b"count"),
     direct.JobSettled(2, JOB_ID, (ATTEMPT,)),
     direct.JobDropped(3, JOB_ID, Code.CANCELLED, (ATTEMPT,)),
     direct.JobBilled(2, 1_160, 9_999_998_840),

@@ -45,6 +45,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("DeskRefused", {"message": "two\nlines"}),
     ("PlaceFreed", {"ticket_hash": b""}),
     ("PlaceFreed", {"outcome": "lucky"}),
+    ("PlaceFreed", {"count": bytes(limits.COUNT_BYTES_MAX + 1)}),
     ("JobSettled", {"attempts": (samples.ATTEMPT,) * (limits.DESK_ATTEMPTS_MAX + 1)}),
     ("JobSettled", {"attempts": (Attempt(bytes(60_000), b"", b""),) * 4}),
     ("JobBilled", {"price_micros": -1}),

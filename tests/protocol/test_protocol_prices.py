@@ -11,6 +11,7 @@ import pytest
 from protocol import limits
 from protocol.prices import (
     Ask,
+    WrittenNumber,
     format_ask,
     format_credits,
     parse_ask,
@@ -240,17 +241,48 @@ def test_what_is_no_price_in_json(value: object) -> None:
     assert len(str(error.value)) < 250, "what was said is not said back at length"
 
 
-def test_a_price_in_json_is_exact_or_refused() -> None:
+def read(text: str) -> object:
+    return json.loads(text, parse_float=WrittenNumber)
+
+
+def test_a_price_in_json_is_what_was_written() -> None:
     chance = random.Random(3)
     for _ in range(3000):
         micros = chance.randrange(10 ** chance.randint(1, 15))
         text = format_credits(micros)
-        assert parse_price(text) == micros
-        number = json.loads(text)
-        try:
-            assert parse_price(number) == micros
-        except ValueError:
-            assert "e" in repr(number) or micros >= 10**15, number
+        assert parse_price(text) == parse_price(read(text)) == micros, text
+        longer = f"{text}0000000" if "." in text else f"{text}.0000001"
+        with pytest.raises(ValueError, match="a price is a number"):
+            parse_price(read(longer))
+
+
+@pytest.mark.parametrize(
+    ("text", "micros"),
+    [("0.00005", 50), ("0.000001", 1), ("0.123456", 123_456), ("123456789.123457", 123_456_789_123_457), ("1.50", 1_500_000)],
+)
+def test_small_and_long_numbers_in_json(text: str, micros: int) -> None:
+    assert parse_price(read(text)) == micros
+    assert parse_ask_json(read(f'{{"per_1k_output": {text}}}')) == Ask(0, micros)
+
+
+@pytest.mark.parametrize("text", ["1e3", "1E0", "5e-05", "1E+2", "0.25e0", "-1e3"])
+def test_an_exponent_is_refused_and_the_text_says_so(text: str) -> None:
+    for value in (read(text), text):
+        with pytest.raises(ValueError, match="without an exponent"):
+            parse_price(value)
+
+
+@pytest.mark.parametrize("text", ["0.12345600000000000000001", "0.1000000", "-0.25", "-0.0", "999999999.9999999"])
+def test_a_number_that_would_have_to_be_rounded_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="at most 6 decimals") as error:
+        parse_price(read(text))
+    assert text in str(error.value) and "exponent" not in str(error.value)
+
+
+def test_a_written_number_is_a_number() -> None:
+    number = read("0.70")
+    assert isinstance(number, WrittenNumber) and number == 0.7 and number.text == "0.70"
+    assert json.dumps({"a": number}) == '{"a": 0.7}'
 
 
 @pytest.mark.parametrize(

@@ -497,7 +497,6 @@ class Shadow:
                 state=state,
                 price_micros=price,
                 finished_at_ms=now_ms,
-                started_at_ms=job.started_at_ms or now_ms,
                 completion_tokens=tokens,
                 error_code="" if state == "succeeded" else "some_error",
                 input=b"",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from coordinator.books.accounts import CreateAccount, PairIsland
@@ -33,7 +35,7 @@ def books() -> PlainBooks:
     books = PlainBooks()
     for name in ("ann", "owner"):
         books.do(CreateAccount(name))
-    job = Job("job", "ann", "echo", "chat", JobState.SUBMITTED, 0, 0, "market", "me", 1, NOON_MS, holder=CONSUMER)
+    job = Job("job", "ann", "echo", "chat", JobState.SUBMITTED, 0, LIMIT, "market", "me", 1, NOON_MS, holder=CONSUMER)
     books.do_all(OpenDirectJob(job), GrantTicket(ticket(), NOON_MS + 1_000_000))
     return books
 
@@ -127,3 +129,45 @@ def test_nothing_below_nothing_and_nothing_of_others(books: PlainBooks) -> None:
     assert books.refused(SettleTicket("t1", "job", "owner", "echo", (), 0, 0, True)) is Why.NO_JOB
     assert books.refused(EndDirectJob("job", "ann", "another", JobState.FAILED)) is Why.NO_JOB
     assert books.refused(settle(LIMIT + 1, 100)) is Why.OVER_HOLD
+
+
+def test_tickets_together_stay_within_the_bid(books: PlainBooks) -> None:
+    assert books.refused(GrantTicket(ticket("t2"), NOON_MS + 1)) is Why.DIFFERS, "whoever does not know of the others must look"
+    second = GrantTicket(ticket("t2"), NOON_MS + 1, others=("t1",))
+    assert books.refused(second) is Why.OVER_HOLD
+    books.do(settle(2000, 100, whole=False))
+    assert books.refused(second) is Why.OVER_HOLD, "what is paid counts too"
+    rest = replace(ticket("t2"), limit_micros=LIMIT - 2000)
+    books.do(GrantTicket(rest, NOON_MS + 1, others=("t1",)))
+    assert books.job("job").bid_micros == LIMIT and books.balance(user("ann")) == (SIGN_UP_MICROS - 2000, LIMIT - 2000)
+    assert books.refused(GrantTicket(replace(rest, id="t3", limit_micros=1), NOON_MS + 1, others=("t1", "t2"))) is Why.OVER_HOLD
+
+
+def test_no_ticket_for_a_job_that_is_over_or_is_none(books: PlainBooks) -> None:
+    assert books.refused(GrantTicket(replace(ticket("t2"), job_id="none"), NOON_MS + 1)) is Why.NO_JOB
+    books.do(end())
+    assert books.refused(GrantTicket(ticket("t2"), NOON_MS + 1, others=("t1",))) is Why.STATE
+
+
+def test_an_island_that_was_gone_is_paid_out_of_what_the_bid_leaves(books: PlainBooks) -> None:
+    gone = SettleTicket("t1", "job", "ann", "echo", (), 0, 0, False, failed=(ISLAND,), is_broken=True)
+    broken = books.do(gone)
+    assert broken.state is TicketState.BROKEN and books.island(ISLAND).jobs_failed == 1
+    assert books.unchanged_by(gone) == broken, "it fails once a ticket"
+    books.do(GrantTicket(replace(ticket("t2"), limit_micros=LIMIT), NOON_MS + 1, others=("t1",)))
+    other = SettleTicket("t2", "job", "ann", "echo", (Earned("island-2", 4000, 1, b"b"),), 9, 7, True)
+    books.do_all(other, end())
+    late = books.do(settle(2000, 100, claim=True))
+    assert (late.state, late.paid_micros) == (TicketState.BROKEN, 1000)
+    assert books.unchanged_by(settle(2000, 100, claim=True)) == late
+    assert books.job("job").price_micros == LIMIT and books.posted(escrow(ISLAND)) == 1000
+
+
+def test_what_is_reported_late_stays_within_the_bid(books: PlainBooks) -> None:
+    books.do(SettleTicket("t1", "job", "ann", "echo", (), 0, 0, succeeded=False))
+    books.do(GrantTicket(ticket("t2"), NOON_MS + 1, others=("t1",)))
+    other = SettleTicket("t2", "job", "ann", "echo", (Earned("island-2", 4000, 1, b"b"),), 9, 7, True)
+    books.do_all(other, end())
+    books.do(replace(settle(2000, 100, claim=True), is_within_bid=True))
+    assert books.job("job").price_micros == LIMIT
+    assert books.do(settle(3000, 200, claim=True)).paid_micros == 3000, "he has signed for more than he reported"
