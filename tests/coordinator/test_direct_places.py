@@ -245,6 +245,11 @@ async def test_a_job_whose_bridge_has_gone_ends_with_what_its_island_claimed(
 
 async def test_a_job_that_goes_on_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An old one, whose newest ticket was claimed a moment ago."""
+
+    async def no_sweep(*_arguments: object) -> None:
+        """The Coordinator's own would find the job before it has its second ticket."""
+
+    monkeypatch.setattr(upkeep.Upkeep, "_sweep", no_sweep)
     one = island(1)
     async with opened(url_of(tmp_path), one) as running:
         bridge, desk = Bridge(running), running.server.direct

@@ -26,7 +26,6 @@ from coordinator.affinity import Affinity
 from coordinator.books.accounts import ISLANDS, CreateAccount, IslandRecord, PairIsland, SetPublisher
 from coordinator.books.errors import BooksRefused, Why
 from coordinator.books.jobs import Adopt, Earned, Job, JobState, OpenJob, Outcome, SettleJob, StartJob
-from coordinator.books.ledger import user
 from coordinator.columns import Candidate, Columns, Known
 from coordinator.dispatch import Verdict, verdict
 from coordinator.exchange.amounts import ONE_PPM, scaled_ask
@@ -454,7 +453,7 @@ class Day:
         job = run.job
         for each in earned:
             cut = each.amount * CARGOS[run.plan.cargo].publisher_ppm // ONE_PPM
-            is_own = self.books.all_of(ISLANDS)[each.island].payee == user(job.account)
+            is_own = self.books.all_of(ISLANDS)[each.island].account == job.account
             self.owed_micros += cut if is_own else each.amount
         settling = SettleJob(job.id, job.account, job.cargo, OWNER, self._boot, outcome, earned, tuple(run.failed))
         settled = self.books.do(settling, self.now_ms)
