@@ -26,6 +26,7 @@ SHORT, LONG = 16, 512  # tokens of an answer
 RATIO_MIN = 1.0  # the bars
 GROWTH_MAX = 1.05
 _ECHO_WORDS = 4000
+_BATCHES, _IDLE_S = 5, 1.0
 
 
 def _answer(url: str, key: str, model: str, prompt: str, tokens: int) -> int:
@@ -69,16 +70,19 @@ def _coordinator_bytes(data_dir: Path) -> int:
 
 
 def _bytes_per_job(data_dir: Path, url: str, key: str, words: int, jobs: int) -> float:
-    """Of the bridge's jobs, less what passes anyhow in such a time."""
+    """Of the bridge's jobs, less what passes anyhow in such a time; the middle of several batches, since gossip comes in bursts."""
     prompt = " ".join(["word"] * words)
-    before, started_s = _coordinator_bytes(data_dir), time.perf_counter()
-    for _ in range(jobs):
-        _answer(url, key, "echo", prompt, words)
-    took_s, used = time.perf_counter() - started_s, _coordinator_bytes(data_dir) - before
-    idle_before = _coordinator_bytes(data_dir)
-    time.sleep(max(1.0, took_s))
-    idle_per_s = (_coordinator_bytes(data_dir) - idle_before) / max(1.0, took_s)
-    return (used - idle_per_s * took_s) / jobs
+    found = []
+    for _ in range(_BATCHES):
+        before, started_s = _coordinator_bytes(data_dir), time.perf_counter()
+        for _ in range(jobs):
+            _answer(url, key, "echo", prompt, words)
+        took_s, used = time.perf_counter() - started_s, _coordinator_bytes(data_dir) - before
+        idle_before = _coordinator_bytes(data_dir)
+        time.sleep(_IDLE_S)
+        idle_per_s = (_coordinator_bytes(data_dir) - idle_before) / _IDLE_S
+        found.append((used - idle_per_s * took_s) / jobs)
+    return statistics.median(found)
 
 
 def run(quick: bool = False) -> dict[str, Any]:

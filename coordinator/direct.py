@@ -122,6 +122,7 @@ class DirectBooks:
         self._me, self._salt_secret, self._clock_ms, self._addresses, self._book = me, salt_secret, clock_ms, addresses, book
         self._places, self._notes = Places(placer), Notes()
         self._blamed: dict[str, int] = {}  # Island -> its run that has failed, which it can do once by going
+        self._paces: dict[tuple[str, str], float] = {}  # Island and Cargo -> tokens a second of its last receipt
         self.granted = self.settled = self.claimed = 0
 
     def __repr__(self) -> str:
@@ -305,10 +306,9 @@ class DirectBooks:
         )
 
     def _count_every(self, candidate: Candidate) -> int:
-        """By the speed that was measured here, or else the one that the Island claims: what is risked is its own."""
+        """By the fastest that the Island says of itself, in its ad or its last receipt: what is risked is its own."""
         offer = candidate.offer
-        measured = self._placer.standing.tokens_per_s(candidate.island, offer.name, trio.current_time())
-        return count_every(measured or offer.tokens_per_s)
+        return count_every(max(offer.tokens_per_s, self._paces.get((candidate.island, offer.name), 0.0)))
 
     async def _issue(
         self,
@@ -483,7 +483,14 @@ class DirectBooks:
             raise ApiError(400, f"a ticket cannot be settled: {error}", code="bad_receipt") from error
         if due.succeeded:
             self._placer.standing.served(record.island, record.cargo, due.tokens, 0, trio.current_time())
+            self._note_pace(record, due)
         return settling(record, due, is_claim=False)
+
+    def _note_pace(self, record: TicketRecord, due: Due) -> None:
+        self._paces.pop((record.island, record.cargo), None)
+        self._paces[record.island, record.cargo] = due.tokens * 1000 / max(1, sum(each.compute_ms for each in due.earned))
+        if len(self._paces) > limits.BOOK_PEERS_MAX:
+            del self._paces[next(iter(self._paces))]
 
     async def claim(self, claim: Claim, sender: str) -> ClaimOutcome:
         try:

@@ -18,6 +18,7 @@ from protocol import limits
 from protocol.book import Book
 from protocol.errors import Code
 from protocol.prices import Ask
+from protocol.tickets import read_ticket
 from tests.coordinator.desks import opened, row, until, url_of
 from tests.coordinator.direct_desk import HOLDER, JOB_ID, Bridge, driver_of, receipt_of
 from tests.coordinator.fakes import FakeIsland, Running, island
@@ -274,3 +275,15 @@ async def test_the_sweep_ends_them(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             return (await row(running, JOB_ID)).ended
 
         await until(over)
+
+
+async def test_a_fast_island_does_not_wait_for_signatures(tmp_path: Path) -> None:
+    """It risks a quarter second of its work, by the pace of its own last receipt."""
+    one = island(1)
+    async with opened(url_of(tmp_path), one) as running:
+        bridge = Bridge(running)
+        first = await bridge.ticket()
+        assert read_ticket(first.ticket).count_every == limits.COUNT_EVERY_TOKENS
+        await bridge.settle(bridge.attempt(first, 30, receipt_of(one, first, 30)))  # in 3 ms
+        second = await bridge.ticket("cd" * 12)
+        assert read_ticket(second.ticket).count_every >= int(10_000 * limits.COUNT_EVERY_S)
