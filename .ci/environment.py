@@ -27,7 +27,7 @@ PYTHON_MIN = (3, 11)
 TICK_S = 10.0
 AMX_REPAIR = ROOT / ".ci" / "amx_tile_config.h"
 EXTRAS = "options.extras_require"
-LEVELS = {"core": ["gguf"], "test": ["gguf", "test"]}
+LEVELS = {"core": ["gguf"], "test": ["gguf", "wasm", "test"]}
 GPU_BUILDS = {
     # kind: (flags for llama.cpp, a program that its toolkit brings, how to get it)
     "cuda": ("-DGGML_CUDA=on", "nvcc", "the CUDA toolkit: https://developer.nvidia.com/cuda-downloads"),
@@ -35,7 +35,17 @@ GPU_BUILDS = {
     "metal": ("-DGGML_METAL=on", "xcrun", "Apple's command line tools: xcode-select --install"),
 }
 # Programs that tests call, and the Debian packages that bring them.
-TEST_PROGRAMS = {"git": "git", "curl": "curl", "postgres": "postgresql", "setpriv": "util-linux"}
+TEST_PROGRAMS = {
+    "git": "git",
+    "curl": "curl",
+    "postgres": "postgresql",
+    "setpriv": "util-linux",
+    "bwrap": "bubblewrap",
+    "clang": "clang",
+    "wasm-ld": "lld",
+    "/usr/include/wasm32-wasi/stdio.h": "wasi-libc",  # no program: what shows that it is there
+    "/usr/lib/llvm-14/lib/clang/14.0.6/lib/wasi/libclang_rt.builtins-wasm32.a": "libclang-rt-14-dev-wasm32",
+}
 POSTGRES_HOME = Path("/usr/lib/postgresql")  # Debian keeps a server's programs here, not on PATH: VERSION/bin/postgres
 INSTALLERS = {
     # what is missing: the packages that bring it, by package manager
@@ -237,6 +247,9 @@ def check_test_programs() -> None:
 
 
 def find_program(name: str) -> str | None:
+    """Where it is; a path stands for what is no program, such as a library."""
+    if name.startswith("/"):
+        return name if Path(name).exists() else None
     folders = [os.environ.get("PATH", os.defpath), *map(str, POSTGRES_HOME.glob("*/bin"))]
     return shutil.which(name, path=os.pathsep.join(folders))
 

@@ -25,7 +25,7 @@ SEED = 1
 
 
 def run(quick: bool = False) -> dict[str, Any]:
-    """All figures; about 20 minutes, or half a minute when quick."""
+    """All figures; about 40 minutes, or a minute when quick."""
     trace = make_trace(Config.scaled(JOBS_QUICK if quick else JOBS, SEED))
     days: list[Figures] = []
     complaints: list[str] = []

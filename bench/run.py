@@ -36,6 +36,7 @@ NAMES = (
     "books",
     "books_chat",
     "direct",
+    "blobs",
     "market_day",
 )
 _RESULTS = Path(__file__).parent / "results"

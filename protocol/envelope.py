@@ -30,6 +30,8 @@ class Label(StrEnum):
     RECEIPT = "archipelag/receipt/1"
     COUNT = "archipelag/count/1"
     DELEGATION = "archipelag/delegation/1"
+    CARGO = "archipelag/cargo/1"
+    REVOCATION = "archipelag/cargo-revoked/1"
 
 
 @dataclass(frozen=True, slots=True)

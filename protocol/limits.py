@@ -77,6 +77,17 @@ HELLO_TIMEOUT_S = 10.0
 OPEN_TIMEOUT_S = 30.0
 WORKERS_ENDED_PER_JOB_MAX = 2  # "a job that has ended two workers fails and is not sent to a third Island"
 
+# Wire: blobs
+BLOB_CHUNK_BYTES = 1024 * 1024  # one leaf of a blob's tree, one message; a 20 GB model has a tree of 640 KB
+BLOB_BYTES_MAX = 256 * 1024**3  # its tree has 8 MiB
+BLOB_REQUEST_CHUNKS_MAX = 16  # of one request
+BLOB_REQUESTS_OPEN_MAX = 16  # on one stream, answered in their order
+BLOB_STREAMS_PER_PEER_MAX = 2  # one to fetch over, and one that is being opened anew
+BLOB_STREAMS_MAX = 32  # that one Island serves at once
+BLOB_SEND_S = 30.0  # a peer that has not taken one chunk by then is not reading
+BLOB_IDLE_S = 120.0  # and a stream on which nothing is asked for so long ends
+BLOB_TREE_WAIT_S = 60.0  # to read a large file once, where nobody has asked for its tree before
+
 # Chat (mission.md)
 MESSAGES_MAX = 128
 MESSAGE_CHARS_MAX = 32_768
@@ -125,6 +136,7 @@ PEERS_REMEMBERED_MAX = 500
 # Model store
 CACHE_BYTES_DEFAULT = 20 * 1024**3
 
+assert BLOB_CHUNK_BYTES <= FRAME_BODY_BYTES_MAX and BLOB_BYTES_MAX // BLOB_CHUNK_BYTES * 32 <= FRAME_BODY_BYTES_MAX
 assert AD_BYTES_MAX < ENVELOPE_BYTES_MAX < FRAME_HEADER_BYTES_MAX
 assert ENVELOPE_BYTES_MAX + 1024 <= BOOK_REPLY_BYTES_MAX < FRAME_HEADER_BYTES_MAX - 16 * BOOK_REPLY_ENVELOPES_MAX
 assert BOOK_REQUEST_PEERS_MAX * 128 < FRAME_HEADER_BYTES_MAX
@@ -160,7 +172,7 @@ PEERS_SAVE_INTERVAL_S = 5.0
 MDNS_ADDRESSES_MAX = 8
 
 assert AD_ADDRESSES_MAX * DIAL_STAGGER_S < DIAL_TIMEOUT_S, "the last address must get its turn"
-assert CONNECTION_WINDOW_BYTES_MAX >= STREAM_WINDOW_BYTES
+assert CONNECTION_WINDOW_BYTES_MAX >= STREAM_WINDOW_BYTES >= BLOB_REQUEST_CHUNKS_MAX * BLOB_CHUNK_BYTES
 
 # Engine (runtimes/gguf)
 ENGINE_SLOTS_MAX = 128  # with as many remembered prefixes this stays within llama.cpp's 256 sequences
@@ -207,3 +219,49 @@ STAGE_SLOW_FACTOR = 4.0  # a stage this much slower than it was is worth replaci
 STAGE_SLOW_STEPS = 24
 MEND_WAIT_S = 30.0  # how long a broken route waits for an Island that can take the place
 SHARD_LOAD_S = 1800.0
+
+# Cargos
+CARGO_NAME_CHARS_MAX = 64
+CARGO_MANIFEST_BYTES_MAX = 60 * 1024  # fits into an envelope
+CARGO_JSON_BYTES_MAX = 12 * 1024  # options, and each of the schemas
+CARGO_FILES_MAX = 256
+CARGO_FILE_BYTES_MAX = 2**42  # of all files together, and of what a job may need: 4 TiB
+CARGO_PATH_CHARS_MAX = 200
+CARGO_PATH_DEPTH_MAX = 8
+CARGO_TIME_S_MAX = 600
+CARGO_THREADS_MAX = 64
+CARGO_OUTPUT_BYTES_DEFAULT = 16 * 1024 * 1024
+CARGO_OUTPUT_BYTES_MAX = 256 * 1024 * 1024
+CARGO_CACHE_TTL_S_MAX = 30 * 86_400
+SHELF_CARGOS_MAX = 10_000  # that one node knows
+SHELF_REVOCATIONS_MAX = 100_000
+SHELF_EARLY_MAX = 10_000  # revocations by publishers of whom a node knows nothing
+assert CARGO_MANIFEST_BYTES_MAX + 1024 <= ENVELOPE_BYTES_MAX
+
+# Cargos: what goes in and comes out (protocol/cargo_io.py); the input has JOB_INPUT_BYTES_MAX
+CARGO_LINE_BYTES_MAX = 8 * 1024 * 1024  # an image of 1,024 x 1,024 x 3 bytes as it is has 4 MiB in base64
+CARGO_LINES_MAX = 100_000
+CARGO_TOKEN_BYTES_MAX = 64 * 1024  # as JOB_CHUNK_TEXT_BYTES_MAX
+CARGO_STEPS_MAX = 2**53
+CARGO_TOKENS_MAX = 2**31
+CARGO_IMAGE_FORMAT_CHARS_MAX = 16
+CARGO_IMAGE_SIDE_MAX = 8192
+
+# WASM (runtimes/wasm); fuel, time, stack and memory as in mission.md and the original
+WASM_FUEL_MAX = 10**11
+WASM_TIMEOUT_S = 60.0
+WASM_MEMORY_BYTES_MAX = 256 * 1024**2
+WASM_STACK_BYTES_MAX = 512 * 1024
+WASM_MODULE_BYTES_MAX = 32 * 1024 * 1024
+WASM_TABLE_ELEMENTS_MAX = 100_000
+WASM_STDERR_BYTES_MAX = 16 * 1024  # of what a module writes there; the rest is dropped
+WASM_LOAD_TIMEOUT_S = 60.0  # to compile one module
+WASM_OVERRUN_S = 2.0  # a worker that does not give a job up so long after it was told to, or after its time, is ended
+WASM_WINDOW_BYTES = 256 * 1024  # of output that a reader has not taken: a module that writes more waits
+WASM_WAITING_MAX = 64  # jobs that wait for a worker before an Island says no_capacity
+WASM_LANES_MAX = 64
+
+assert CARGO_LINE_BYTES_MAX < CARGO_OUTPUT_BYTES_DEFAULT <= CARGO_OUTPUT_BYTES_MAX
+assert CARGO_TOKEN_BYTES_MAX <= JOB_CHUNK_TEXT_BYTES_MAX
+assert WASM_MODULE_BYTES_MAX < FRAME_BODY_BYTES_MAX
+assert WASM_STDERR_BYTES_MAX < FRAME_HEADER_BYTES_MAX

@@ -20,7 +20,7 @@ IMPURE_MODULES = frozenset(
     """aiohttp aiofiles anyio asyncio concurrent ctypes fcntl fileinput ftplib glob grpc http httpx importlib io libp2p llama_cpp
     mmap multiprocessing os pathlib pickle platform psutil random requests resource runpy sched secrets select selectors shelve
     shutil signal smtplib socket socketserver sqlalchemy sqlite3 ssl subprocess sys tempfile threading time tqdm trio urllib urllib3
-    uuid webbrowser zeroconf zipfile""".split()
+    uuid wasmtime webbrowser zeroconf zipfile""".split()
 )
 # Pure corners of impure packages: a Random that is given as an argument brings its seed with it.
 PURE_MODULES = frozenset({"urllib.parse", "random.Random"})

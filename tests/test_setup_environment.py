@@ -197,7 +197,7 @@ def test_setup_after_setup_test_keeps_the_extras(environment: Any, installs: Ins
     environment.make_main("core", "", tmp_path)
     environment.make_main("test", "", tmp_path)
     environment.make_main("core", "", tmp_path)
-    assert [arguments[1] for arguments, _ in installs.calls] == [f"{ROOT}[gguf]", f"{ROOT}[gguf,test]"]
+    assert [arguments[1] for arguments, _ in installs.calls] == [f"{ROOT}[gguf]", f"{ROOT}[gguf,wasm,test]"]
 
 
 def test_changed_dependencies_are_installed(
@@ -357,6 +357,19 @@ def test_an_install_that_fails_twice_is_fatal(
         environment.check_test_programs()
 
 
+def test_what_is_no_program_is_found_by_its_path(
+    environment: Any, programs: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = tmp_path / "stdio.h"
+    monkeypatch.setattr(environment, "TEST_PROGRAMS", {str(header): "some-libc"})
+    programs()
+    environment.check_test_programs()
+    assert "apt-get install some-libc" in capsys.readouterr().err
+    header.touch()
+    environment.check_test_programs()
+    assert capsys.readouterr().err == ""
+
+
 def test_postgresql_is_found_where_debian_keeps_it(
     environment: Any,
     programs: Callable[..., Path],
@@ -365,7 +378,8 @@ def test_postgresql_is_found_where_debian_keeps_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(environment, "POSTGRES_HOME", tmp_path / "postgresql")
-    programs("git", "curl", "setpriv")
+    monkeypatch.setattr(environment, "TEST_PROGRAMS", {"git": "git", "postgres": "postgresql"})
+    programs("git")
     environment.check_test_programs()
     assert "tests need postgres. Debian: apt-get install postgresql\n" in capsys.readouterr().err
     server = tmp_path / "postgresql" / "15" / "bin" / "postgres"

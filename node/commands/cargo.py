@@ -1,8 +1,15 @@
 """Make Cargos ready for the network.
 
+  cargo new NAME       a folder with a cargo.toml, which says what a Cargo is
+  cargo build FOLDER   hash its files and write the manifest
+  cargo sign FOLDER    sign the manifest with your publisher's key
+  cargo verify FILE    check who signed a .cargo file, and that the files are those that it names
+  cargo show FILE      what it says
   cargo shard MODEL    cut a model into files of some layers each, so that several Islands can compute it together
 
 examples:
+  archipelag-node cargo new text-stats && archipelag-node cargo build text-stats && archipelag-node cargo sign text-stats
+  archipelag-node cargo verify text-stats/text-stats-0.1.0.cargo --folder text-stats
   archipelag-node cargo shard smollm2-135m --shards 2
   archipelag-node cargo shard --help
 """
@@ -13,12 +20,13 @@ import argparse
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from node.commands.cargo_sign import add_actions
 from node.commands.common import checked
 from node.settings import defaults, settle
 from protocol import checks, limits
@@ -28,7 +36,7 @@ from protocol.shards import LayerRange, ShardManifest, manifest_to_json
 if TYPE_CHECKING:
     from runtimes.store import StoredModel
 
-HELP = "make Cargos ready: cut a model into shards"
+HELP = "make Cargos ready: pack and sign them, cut a model into shards"
 _SHARDS_MIN = 2
 
 _SHARD_HELP = """\
@@ -53,6 +61,14 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def add(name: str, perform: Callable[[argparse.Namespace], int], brief: str, text: str) -> argparse.ArgumentParser:
+        raw = argparse.RawDescriptionHelpFormatter
+        made = actions.add_parser(name, help=brief, description=text, formatter_class=raw)
+        made.set_defaults(parser=made, perform=perform)
+        return made
+
+    add_actions(add)
     shard = actions.add_parser(
         "shard",
         help="cut a model into files of some layers each",

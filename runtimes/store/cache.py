@@ -4,6 +4,7 @@ A blob is called by its SHA-256 and never changes. Beside it lies a note with it
 was hashed: while these agree it is not hashed again. The note's own time of change says when the blob was last used.
 
     SHA.gguf       the model; whoever uses it holds a shared flock on it, and eviction wants an exclusive one
+    SHA.tree       its tree of hashes, where a peer has asked for it (blob_store.py); goes with the blob
     SHA.note       its note, written before the blob is moved in: a blob without a note would never be evicted
     KEY.origin     which SHA a source without a hash gave
     KEY.file       the note of a user's own file, which stays where it lies
@@ -100,6 +101,7 @@ class Cache:
 
     def remove(self, blob: Path, digest: str) -> None:
         blob.unlink(missing_ok=True)
+        self.path(digest, ".tree").unlink(missing_ok=True)
         self.path(digest, ".note").unlink(missing_ok=True)
 
     def touch(self, digest: str) -> None:

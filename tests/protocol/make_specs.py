@@ -14,7 +14,9 @@ from typing import Any
 
 from protocol import (
     ads,
+    blobs,
     book,
+    cargos,
     counts,
     direct,
     envelope,
@@ -31,8 +33,24 @@ from protocol import (
 from protocol.jobs import SENT_BY, TRANSITIONS, JobState
 
 FOLDER = Path(__file__).parents[2] / "specs"
-_MODULES = (ads, book, counts, direct, envelope, generation, hold, messages, prices, receipts, shards, stage_messages, tickets)
-REGISTRIES = (messages.JOB, messages.ADS, stage_messages.STAGE, hold.HOLD, direct.SETTLE, direct.DESK)
+_MODULES = (
+    ads,
+    blobs,
+    book,
+    cargos,
+    counts,
+    direct,
+    envelope,
+    generation,
+    hold,
+    messages,
+    prices,
+    receipts,
+    shards,
+    stage_messages,
+    tickets,
+)
+REGISTRIES = (messages.JOB, messages.ADS, stage_messages.STAGE, hold.HOLD, direct.SETTLE, direct.DESK, blobs.BLOB)
 _SCHEMA = re.compile(r"<!-- schema: ([\w ]+) -->\n```\n.*?```\n", re.DOTALL)
 _TRANSITIONS = re.compile(r"<!-- transitions -->\n(?:\|.*\n)*")
 _CODES = re.compile(r"<!-- codes -->\n(?:\|.*\n)*")

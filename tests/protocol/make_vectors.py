@@ -7,6 +7,7 @@ test says when they are not what this program would write. Bytes stand in them a
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import struct
 from enum import Enum
@@ -15,7 +16,8 @@ from typing import Any
 
 import msgpack
 
-from protocol import ads, counts, limits, messages, receipts, shards, tickets
+from protocol import ads, blobs, counts, limits, messages, receipts, shards, tickets
+from protocol.blobs import BlobTree
 from protocol.envelope import Label, seal
 from protocol.framing import encode_frame
 from protocol.generation import GENERATION, pack_tokens
@@ -623,9 +625,32 @@ def generations() -> list[Vector]:
     return out + [{"name": name, "bytes": wrong.hex(), "expect": "refused"} for name, wrong in bad.items()]
 
 
+def blob_content(size: int) -> bytes:
+    """The SHA-256 of the numbers 0, 1, 2, … as u32, joined, cut to ``size`` bytes."""
+    return b"".join(hashlib.sha256(struct.pack(">I", n)).digest() for n in range(-(-size // 32)))[:size]
+
+
+def blob_vectors() -> list[Vector]:
+    chunk = limits.BLOB_CHUNK_BYTES
+    ok = {"expect": "ok"}
+    out: list[Vector] = []
+    for size in (1, chunk - 1, chunk, chunk + 1, 3 * chunk, 4 * chunk + 77):
+        content = blob_content(size)
+        tree = blobs.tree_of([content[at : at + chunk] for at in range(0, size, chunk)])
+        out.append({"name": f"{size} bytes", "content_bytes": size, "size": size, "leaves": tree.leaves.hex(), "root": tree.root()} | ok)
+    for count in (6, 7, 11):
+        leaves = blob_content(32 * count)
+        tree = BlobTree(count * chunk, leaves)
+        out.append({"name": f"{count} leaves", "size": tree.size, "leaves": leaves.hex(), "root": tree.root()} | ok)
+    bad = {"empty": (0, 0), "a leaf too many": (chunk, 2), "a leaf too few": (chunk + 1, 1), "too large": (limits.BLOB_BYTES_MAX + 1, 1)}
+    for name, (size, count) in bad.items():
+        out.append({"name": name, "size": size, "leaves": (bytes(32) * count).hex(), "expect": "refused"})
+    return [*out, {"name": "half a leaf", "size": 1, "leaves": bytes(16).hex(), "expect": "refused"}]
+
+
 ABOUT = {
     "keys": (keys, "Seeds, the Ed25519 public keys they give, and the names made of them."),
-    "frames": (frames, "Frames of the six stream protocols, bytes to message; an incomplete one has to wait for more."),
+    "frames": (frames, "Frames of the seven stream protocols, bytes to message; an incomplete one has to wait for more."),
     "envelopes": (envelopes, "Envelopes opened under a label."),
     "ads": (ads_vectors, "Ads read at a time."),
     "losses": (losses, "Notices of loss read at a time."),
@@ -639,6 +664,7 @@ ABOUT = {
     "jobs": (jobs, "Conversations about jobs; in a refused one the last message is the wrong one."),
     "prices": (prices, "Text to micro-credits and back, and the price of a job."),
     "generations": (generations, "Inputs of text Cargos."),
+    "blobs": (blob_vectors, "Trees of blobs and their roots; content is the SHA-256 of 0, 1, 2, … as u32, joined and cut."),
 }
 
 

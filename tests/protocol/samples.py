@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from privacy.keys import NodeKey
-from protocol import ads, counts, direct, hold, limits, messages, receipts, shards, stage_messages, tickets
+from protocol import ads, blobs, counts, direct, hold, limits, messages, receipts, shards, stage_messages, tickets
 from protocol.activations import Activations
 from protocol.errors import Code
 from protocol.generation import ChatMessage, FinishReason, GenerationRequest, Role, Sampling, pack_tokens
@@ -334,6 +334,17 @@ DESK_MESSAGES: tuple[Any, ...] = (
     direct.RequestWithdrawn(1),
     direct.MendWanted(5, JOB_ID, b"\x11" * 32, 0, BOOT_MS, Code.LINK_LOST, "stage 0 is gone"),
 )
+BLOB_TREE = blobs.tree_of([b"the only chunk"])
+BLOB_MESSAGES: tuple[Any, ...] = (
+    messages.Hello(1, messages.NodeRole.ISLAND, NETWORK, "archipelag/0.1.0"),
+    blobs.TreeWanted(1, blobs.BlobKey.SHA256, CONTENT_HASH),
+    blobs.Tree(1, CONTENT_HASH, BLOB_TREE.size, BLOB_TREE.leaves),
+    blobs.HaveWanted(2, BLOB_TREE.root()),
+    blobs.Have(2, blobs.Held.SOME, blobs.pack_held([True, False, True])),
+    blobs.ChunksWanted(3, BLOB_TREE.root(), 0, 1),
+    blobs.Chunk(3, 0, b"the only chunk"),
+    blobs.BlobRefused(4, blobs.BlobCode.OUT_OF_RANGE, "the blob has 1 chunks"),
+)
 REGISTRIES = (
     (messages.JOB, JOB_MESSAGES),
     (messages.ADS, ADS_MESSAGES),
@@ -341,4 +352,5 @@ REGISTRIES = (
     (hold.HOLD, HOLD_MESSAGES),
     (direct.SETTLE, SETTLE_MESSAGES),
     (direct.DESK, DESK_MESSAGES),
+    (blobs.BLOB, BLOB_MESSAGES),
 )

@@ -11,7 +11,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from protocol import direct, hold, limits, messages, stage_messages
+from protocol import blobs, direct, hold, limits, messages, stage_messages
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.registry import Registry, Struct, body
 from tests.protocol import samples
@@ -105,6 +105,17 @@ def test_numbers_are_frozen() -> None:
         10: "Models",
         11: "RequestWithdrawn",
         12: "MendWanted",
+    }
+    names = {number: cls.__name__ for number, cls in blobs.BLOB.numbers().items()}
+    assert names == {
+        1: "Hello",
+        2: "TreeWanted",
+        3: "Tree",
+        4: "HaveWanted",
+        5: "Have",
+        6: "ChunksWanted",
+        7: "Chunk",
+        8: "BlobRefused",
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from privacy.keys import NodeKey
-from protocol import ads, counts, messages, receipts, shards, tickets
+from protocol import ads, blobs, counts, limits, messages, receipts, shards, tickets
 from protocol.book import AdHeard, Book, LostHeard, apply
 from protocol.envelope import Label, open_envelope
 from protocol.errors import Code, ConfigError, LocalProtocolError, Refused, RemoteProtocolError, SignatureError
@@ -279,6 +279,20 @@ def check_generation(vector: Vector) -> None:
         assert plain(request) == vector["fields"] and GENERATION.encode(request).hex() == vector["bytes"]
 
 
+def check_blob(vector: Vector) -> None:
+    leaves = bytes.fromhex(vector["leaves"])
+    if vector["expect"] == "refused":
+        with pytest.raises(ValueError):
+            blobs.BlobTree(vector["size"], leaves)
+        return
+    tree = blobs.BlobTree(vector["size"], leaves)
+    assert tree.root() == vector["root"]
+    if "content_bytes" in vector:
+        content = make_vectors.blob_content(vector["content_bytes"])
+        for index in range(tree.chunks):
+            assert tree.fits(index, content[tree.offset(index) : tree.offset(index) + limits.BLOB_CHUNK_BYTES])
+
+
 CHECKS: dict[str, Callable[[Vector], None]] = {
     "keys": check_key,
     "frames": check_frame,
@@ -295,4 +309,5 @@ CHECKS: dict[str, Callable[[Vector], None]] = {
     "jobs": check_job,
     "prices": check_price,
     "generations": check_generation,
+    "blobs": check_blob,
 }
