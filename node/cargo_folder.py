@@ -24,7 +24,7 @@ import hashlib
 import os
 import stat
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,6 +43,7 @@ from protocol.cargos import (
 )
 from protocol.errors import ConfigError
 from protocol.prices import Ask, parse_ask
+from runtimes.store.progress import Progress, no_progress
 
 CARGO_FILE = "cargo.toml"
 _TOML_BYTES_MAX = 256 * 1024
@@ -64,12 +65,11 @@ _KNOWN = {
 }
 _NEEDS = {"memory_mb": _MB, "disk_mb": _MB, "gpu_memory_mb": _MB, "output_mb": _MB, "time_s": 1, "cpu_threads": 1}
 _DAY_MS = 86_400_000
-
-Progress = Callable[[int, int], None]  # bytes that were hashed, of how many
+_SHOWN_BYTES = 64 * _MB  # what takes no moment shows no progress
 
 
 def read_folder(
-    folder: Path, publisher: str, now_ms: int, progress: Progress = lambda done, total: None
+    folder: Path, publisher: str, now_ms: int, progress: Progress = no_progress
 ) -> CargoManifest:
     """The manifest that a folder makes now. Raises ConfigError that says what is wrong in which field."""
     found = _read_toml(folder / CARGO_FILE)
@@ -116,7 +116,7 @@ def name_of(folder: Path) -> tuple[str, str]:
     return name, release
 
 
-def check_folder(manifest: CargoManifest, folder: Path, progress: Progress = lambda done, total: None) -> list[str]:
+def check_folder(manifest: CargoManifest, folder: Path, progress: Progress = no_progress) -> list[str]:
     """What is not as the manifest says: files that are missing, or have other contents. Empty where all is well."""
     found = []
     for file in manifest.files:
@@ -248,7 +248,8 @@ def _hash(folder: Path, path: str, progress: Progress) -> tuple[int, str]:
             while piece_bytes := file.read(_READ_BYTES):
                 digest.update(piece_bytes)
                 done += len(piece_bytes)
-                progress(done, status.st_size)
+                if status.st_size > _SHOWN_BYTES:
+                    progress(f"hashing {path}", done, status.st_size)
     except OSError as error:
         raise ConfigError(f"cannot read {path} in {folder}: {error.strerror}") from error
     return done, digest.hexdigest()

@@ -38,7 +38,7 @@ BUSY_MAX = 5  # a peer that says so more often in a row is dropped
 ENDGAME_FACTOR = 2.0  # a chunk is asked for twice where the second peer is so much sooner
 ENDGAME_GAIN_S = 0.2  # and at least so much
 _SPEED_WEIGHT = 0.25  # of the newest chunk in the measured speed
-_TODO, _ASKED, _THERE = 0, 1, 2
+_MISSING, _ASKED, _THERE = 0, 1, 2
 
 
 class Fault(StrEnum):
@@ -122,10 +122,10 @@ class BlobFetch:
         self._state = bytearray(chunks)
         for index in there:
             self._state[index] = _THERE
-        self.left = self._state.count(_TODO)
-        self._todo = self.left
-        self._lowest = 0  # no chunk below is TODO
-        self._returns = 0  # how often a chunk became TODO again
+        self.left = self._state.count(_MISSING)
+        self._missing = self.left
+        self._lowest = 0  # none below is missing
+        self._returns = 0  # how often a chunk became missing again
         self._under_way: Counter[int] = Counter()  # by chunk: who owes it, and how often it is being verified
         self._peers: dict[str, _Peer] = {}
         self._pending: list[Step] = []
@@ -201,8 +201,8 @@ class BlobFetch:
         if self._state[index] == _THERE:
             self.wasted += 1
             return
-        if self._state[index] == _TODO:
-            self._todo -= 1
+        if self._state[index] == _MISSING:
+            self._missing -= 1
         self._state[index] = _THERE
         self._under_way.pop(index, None)
         self.left -= 1
@@ -255,7 +255,7 @@ class BlobFetch:
 
     def _fill(self, peer: _Peer, now_s: float) -> None:
         window = self._window(peer)
-        while self._todo and window - len(peer.owed) >= max(1, window // 2) and peer.requests() < limits.BLOB_REQUESTS_OPEN_MAX:
+        while self._missing and window - len(peer.owed) >= max(1, window // 2) and peer.requests() < limits.BLOB_REQUESTS_OPEN_MAX:
             run = self._run(peer, min(window - len(peer.owed), limits.BLOB_REQUEST_CHUNKS_MAX))
             if not run:
                 return
@@ -270,7 +270,7 @@ class BlobFetch:
             grown = min(WINDOW_CHUNKS_MAX, WINDOW_FIRST_CHUNKS + 2 * self.came[peer.name])
             by_speed = min(grown, int(WINDOW_S / peer.chunk_s)) if peer.chunk_s > 0 else grown
         others = len(self._peers.keys() - {SOURCES, peer.name})
-        share = -(-(self._todo + len(peer.owed)) // (2 * others + 2)) if others else by_speed
+        share = -(-(self._missing + len(peer.owed)) // (2 * others + 2)) if others else by_speed
         return max(1, min(by_speed, max(2, share)))
 
     def _run(self, peer: _Peer, count: int) -> range:
@@ -278,16 +278,16 @@ class BlobFetch:
         if peer.found_nothing_at == self._returns:
             return range(0)
         state = self._state
-        first = state.find(_TODO, self._lowest)
+        first = state.find(_MISSING, self._lowest)
         self._lowest = first if first >= 0 else self.chunks
         while first >= 0 and not self._may_ask(peer, first):
-            first = state.find(_TODO, first + 1)
+            first = state.find(_MISSING, first + 1)
         if first < 0:
             if peer.name != SOURCES:
                 peer.found_nothing_at = self._returns
             return range(0)
         end = first + 1
-        while end < self.chunks and end - first < count and state[end] == _TODO and self._may_ask(peer, end):
+        while end < self.chunks and end - first < count and state[end] == _MISSING and self._may_ask(peer, end):
             end += 1
         return range(first, end)
 
@@ -301,8 +301,8 @@ class BlobFetch:
         if not peer.owed:
             peer.since_s = now_s
         for index in run:
-            if self._state[index] == _TODO:
-                self._todo -= 1
+            if self._state[index] == _MISSING:
+                self._missing -= 1
                 self._state[index] = _ASKED
             self._under_way[index] += 1
             peer.owed.append((self._requests, index))
@@ -354,7 +354,7 @@ class BlobFetch:
         if self._under_way[index] > 0:
             return
         del self._under_way[index]
-        self._state[index] = _TODO
-        self._todo += 1
+        self._state[index] = _MISSING
+        self._missing += 1
         self._lowest = min(self._lowest, index)
         self._returns += 1

@@ -82,10 +82,11 @@ def _build(arguments: argparse.Namespace) -> int:
     from node.cargo_folder import read_folder
     from node.datadir import write_atomically
     from protocol.cargos import address_of, canonical_manifest
+    from runtimes.store.progress import ConsoleProgress
 
     folder, key = Path(arguments.folder), _publisher(arguments)
-    with _Meter() as meter:
-        manifest = read_folder(folder, key.peer_id, time.time_ns() // 1_000_000, meter)
+    with ConsoleProgress() as progress:
+        manifest = read_folder(folder, key.peer_id, time.time_ns() // 1_000_000, progress)
     file = folder / f"{manifest.name}-{manifest.release}.manifest"
     try:
         write_atomically(file, canonical_manifest(manifest), mode=0o644)
@@ -124,6 +125,7 @@ def _sign(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from node.cargo_folder import check_folder
     from protocol.cargos import read_cargo, unexpired
+    from runtimes.store.progress import ConsoleProgress
 
     try:
         cargo = read_cargo(_read(Path(arguments.file)))
@@ -133,8 +135,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         return 1
     complaints = []
     if arguments.folder is not None:
-        with _Meter() as meter:
-            complaints = check_folder(cargo.manifest, Path(arguments.folder), meter)
+        with ConsoleProgress() as progress:
+            complaints = check_folder(cargo.manifest, Path(arguments.folder), progress)
     for complaint in complaints:
         print(f"{arguments.file}: {complaint}", file=sys.stderr)
     if not complaints:
@@ -225,20 +227,3 @@ def _read(file: Path) -> bytes:
             return opened.read(limits.ENVELOPE_BYTES_MAX + 1)
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from error
-
-
-class _Meter:
-    """Says on a terminal how far the hashing of a large file is."""
-
-    def __enter__(self) -> _Meter:
-        self._shown = False
-        return self
-
-    def __call__(self, done: int, total: int) -> None:
-        if total > 64 * 2**20 and sys.stderr.isatty():
-            print(f"\rhashing {100 * done // max(1, total):3d} %", end="", file=sys.stderr, flush=True)
-            self._shown = True
-
-    def __exit__(self, *_error: object) -> None:
-        if self._shown:
-            print("\r" + " " * 20 + "\r", end="", file=sys.stderr, flush=True)

@@ -9,28 +9,22 @@ from __future__ import annotations
 import math
 import os
 import signal
-import socket
-import subprocess
 import sys
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import trio
 
 from protocol import limits
 from protocol.errors import ConfigError, RemoteProtocolError
-from protocol.framing import FrameDecoder, encode_frame
 from runtimes.gguf.messages import GGUF_WORKER, Load, LoadFailed, Ready
+from runtimes.worker_process import WorkerProcess, environment_of, pause_after
 
-_READ_BYTES = 256 * 1024
 _KEPT_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "VIRTUAL_ENV", "SYSTEMROOT")
 _KEPT_PREFIXES = ("CUDA_", "NVIDIA_", "GGML_", "VK_", "HIP_", "ROCR_", "HSA_", "OMP_", "GOMP_")
-_HEALTHY_S = 10.0  # a worker that served so long starts the pauses anew
 
 
 def default_threads() -> int:
@@ -41,81 +35,8 @@ def default_threads() -> int:
 
 def worker_environment() -> dict[str, str]:
     """What native code needs to find its drivers, and no secret of the node."""
-    kept = {k: v for k, v in os.environ.items() if k in _KEPT_ENVIRONMENT or k.startswith(_KEPT_PREFIXES)}
-    root = str(Path(__file__).resolve().parents[2])
     # ggml answers a failed assertion by starting gdb on itself, which is slow and would print what is in memory
-    return kept | {"PYTHONPATH": root, "PYTHONUNBUFFERED": "1", "GGML_NO_BACKTRACE": "1"}
-
-
-class Worker:
-    """One life of the worker process."""
-
-    def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket) -> None:
-        self.process, self._sock = process, sock
-        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
-        self._is_writing = False
-        self._decoder = FrameDecoder(GGUF_WORKER)
-        self._outgoing: deque[bytes] = deque()
-        self._outgoing_changed = trio.Event()
-        self.heard_s = trio.current_time()
-        self.ready_s = math.inf
-        self.has_stalled = False
-
-    def __repr__(self) -> str:
-        return f"<worker {self.process.pid}>"
-
-    def send_nowait(self, message: object) -> None:
-        """At once where the socket takes it, which spares each token a turn of the scheduler; else when it does."""
-        data = encode_frame(GGUF_WORKER, message)
-        if not (self._outgoing or self._is_writing):
-            try:
-                data = data[self._sock.send(data) :]
-            except BlockingIOError:
-                pass  # full: the writer waits for room
-            except OSError:
-                return  # the worker has ended, which its reader notices
-            if not data:
-                return
-        self._outgoing.append(data)
-        self._outgoing_changed.set()
-
-    async def write(self) -> None:
-        """Sends what was put, until cancelled or the worker is gone."""
-        while True:
-            while self._outgoing:
-                data = b"".join(self._outgoing)
-                self._outgoing.clear()
-                self._is_writing = True
-                await self._stream.send_all(data)
-                self._is_writing = False
-            self._outgoing_changed = trio.Event()
-            await self._outgoing_changed.wait()
-
-    async def messages(self) -> AsyncIterator[Any]:
-        """What the worker says, until it ends."""
-        while data := await self._read():
-            self.heard_s = trio.current_time()
-            for message in self._decoder.feed(data):
-                yield message
-
-    async def _read(self) -> bytes:
-        try:
-            return bytes(await self._stream.receive_some(_READ_BYTES))
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            return b""
-
-    async def end(self) -> int:
-        """Ends the process, at once where it does not end by itself, and returns its code."""
-        with trio.CancelScope(shield=True):
-            await self._stream.aclose()
-            if self.has_stalled:
-                self.process.kill()
-            with trio.move_on_after(limits.WORKER_EXIT_S):
-                while self.process.poll() is None:
-                    await trio.sleep(0.01)
-            self.process.kill()
-            code: int = await trio.to_thread.run_sync(self.process.wait)
-        return code
+    return environment_of(_KEPT_ENVIRONMENT, _KEPT_PREFIXES) | {"GGML_NO_BACKTRACE": "1"}
 
 
 def worker_command(descriptor: int) -> list[str]:
@@ -123,31 +44,13 @@ def worker_command(descriptor: int) -> list[str]:
     return [sys.executable, "-P", "-m", "runtimes.gguf.worker", str(descriptor), str(os.getpid())]
 
 
-def _spawn() -> Worker:
-    """Starts a worker. Not in a thread: the kernel ends a worker together with the thread that started it. Raises OSError."""
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    with theirs:
-        try:
-            process = subprocess.Popen(
-                worker_command(theirs.fileno()),
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env=worker_environment(),
-                cwd="/",
-            )
-        except OSError:
-            ours.close()
-            raise
-    return Worker(process, ours)
+class Worker(WorkerProcess):
+    """One life of an engine's process. ``ready_s``: when it was loaded."""
 
-
-def pause_after(pause_s: float, served_s: float) -> float:
-    """Seconds to wait before the next start: twice the last pause, unless the worker that ended has served well in between."""
-    if served_s >= _HEALTHY_S:
-        return limits.WORKER_RESTART_MIN_S
-    return min(max(2 * pause_s, limits.WORKER_RESTART_MIN_S), limits.WORKER_RESTART_MAX_S)
+    def __init__(self) -> None:
+        """Raises OSError."""
+        super().__init__(GGUF_WORKER, worker_command, worker_environment())
+        self.ready_s = math.inf
 
 
 class EngineProcess(ABC):
@@ -221,14 +124,14 @@ class EngineProcess(ABC):
         ``task_status`` is given until one has served; a failure before that is the caller's.
         """
         try:
-            worker = _spawn()
+            worker = Worker()
         except OSError as error:
             if task_status is None:
                 return 0.0
             raise ConfigError(f"the engine's process could not be started ({error}); free memory or end other processes") from error
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._write, worker, nursery.cancel_scope)
+                nursery.start_soon(worker.write, nursery.cancel_scope)
                 nursery.start_soon(self._watch, worker, nursery.cancel_scope)
                 await self._serve(worker, task_status)
                 nursery.cancel_scope.cancel()
@@ -258,12 +161,6 @@ class EngineProcess(ABC):
         if self._order.plain:
             raise ConfigError(f"the engine crashed twice ({_signal_name(code)}) on {path}; it may be damaged: delete it and fetch it again")
         self._order = replace(self._order, plain=True)
-
-    async def _write(self, worker: Worker, scope: trio.CancelScope) -> None:
-        try:
-            await worker.write()
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            scope.cancel()
 
     async def _watch(self, worker: Worker, scope: trio.CancelScope) -> None:
         """Ends a worker that has jobs, or is loading, and says nothing."""

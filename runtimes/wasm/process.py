@@ -1,4 +1,4 @@
-"""A worker process as the node sees it: one life of it (``WorkerProcess``), and a lane that keeps one alive (``Lane``).
+"""A lane keeps a WASM worker alive (runtimes/worker_process.py is one life of it).
 
 A lane has one job at a time. Whoever runs it tells the lane by when the worker has to say something; a worker that does not is ended,
 and another one started, after longer and longer pauses where it keeps ending early. It dies with its node, even on kill -9.
@@ -8,112 +8,23 @@ from __future__ import annotations
 
 import math
 import os
-import socket
-import subprocess
 import sys
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import trio
 
 from protocol import limits
 from protocol.errors import ConfigError, RemoteProtocolError
-from protocol.framing import FrameDecoder, encode_frame
-from protocol.registry import Registry
-from runtimes.gguf.process import pause_after, worker_environment
 from runtimes.wasm.messages import WASM_WORKER, Load, Loaded, LoadFailed
+from runtimes.worker_process import WorkerProcess, environment_of, pause_after
 
-_READ_BYTES = 256 * 1024
-_POLL_S = 0.01
-_KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONPATH", "PYTHONUNBUFFERED", "SYSTEMROOT")
-
-
-class WorkerProcess:
-    """One life of ``python -m MODULE FD PARENT``, talked to in frames of one registry."""
-
-    def __init__(self, registry: Registry, module: str, environment: dict[str, str]) -> None:
-        """Starts it. Not in a thread: the kernel ends a worker together with the thread that started it. Raises OSError."""
-        self._registry = registry
-        self._decoder = FrameDecoder(registry)
-        self._sock, theirs = socket.socketpair()
-        self._sock.setblocking(False)
-        with theirs:
-            try:
-                self.process = _spawn(module, theirs, environment)
-            except OSError:
-                self._sock.close()
-                raise
-        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(self._sock))
-        self._outgoing: deque[bytes] = deque()
-        self._outgoing_changed = trio.Event()
-        self._is_writing = False
-        self.has_stalled = False
-
-    def __repr__(self) -> str:
-        return f"<WorkerProcess {self._registry.name} {self.process.pid}>"
-
-    def send_nowait(self, message: object) -> None:
-        """At once where the socket takes it, which spares a turn of the scheduler; else when it does."""
-        data = encode_frame(self._registry, message)
-        if not (self._outgoing or self._is_writing):
-            try:
-                data = data[self._sock.send(data) :]
-            except BlockingIOError:
-                pass  # full: the writer waits for room
-            except OSError:
-                return  # the worker has ended, which its reader notices
-            if not data:
-                return
-        self._outgoing.append(data)
-        self._outgoing_changed.set()
-
-    async def write(self) -> None:
-        """Sends what was put, until cancelled. Raises trio.BrokenResourceError when the worker is gone."""
-        while True:
-            while self._outgoing:
-                self._is_writing = True
-                await self._stream.send_all(self._outgoing.popleft())
-                self._is_writing = False
-            self._outgoing_changed = trio.Event()
-            await self._outgoing_changed.wait()
-
-    async def messages(self) -> AsyncIterator[Any]:
-        """What the worker says, until it ends. Raises RemoteProtocolError for nonsense."""
-        while data := await self._read():
-            for message in self._decoder.feed(data):
-                yield message
-
-    async def _read(self) -> bytes:
-        try:
-            return bytes(await self._stream.receive_some(_READ_BYTES))
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            return b""
-
-    async def end(self) -> int:
-        """Ends the process, at once where it has stalled, and returns its code."""
-        with trio.CancelScope(shield=True):
-            await self._stream.aclose()
-            if self.has_stalled:
-                self.process.kill()
-            with trio.move_on_after(limits.WORKER_EXIT_S):
-                while self.process.poll() is None:
-                    await trio.sleep(_POLL_S)
-            self.process.kill()
-            code: int = await trio.to_thread.run_sync(self.process.wait)
-        return code
+_KEPT_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 
 
-def _spawn(module: str, theirs: socket.socket, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    descriptor = theirs.fileno()
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", module, str(descriptor), str(os.getpid())],
-        pass_fds=(descriptor,),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        env=environment,
-        cwd="/",
-    )
+def worker_command(descriptor: int) -> list[str]:
+    """The program that is given this end of the socket pair."""
+    return [sys.executable, "-P", "-m", "runtimes.wasm.worker", str(descriptor), str(os.getpid())]
 
 
 class Lane:
@@ -167,7 +78,7 @@ class Lane:
         ``task_status`` is given until one has served; a failure before that is the caller's.
         """
         try:
-            worker = WorkerProcess(WASM_WORKER, "runtimes.wasm.worker", _environment())
+            worker = WorkerProcess(WASM_WORKER, worker_command, environment_of(_KEPT_ENVIRONMENT))
         except OSError as error:
             if task_status is None:
                 return 0.0
@@ -176,7 +87,7 @@ class Lane:
         try:
             async with trio.open_nursery() as nursery:
                 self.expect_by(started_s + limits.WASM_LOAD_TIMEOUT_S)
-                nursery.start_soon(self._write, worker, nursery.cancel_scope)
+                nursery.start_soon(worker.write, nursery.cancel_scope)
                 nursery.start_soon(self._watch, worker, nursery.cancel_scope)
                 await self._serve(worker, task_status)
                 nursery.cancel_scope.cancel()
@@ -187,12 +98,6 @@ class Lane:
         if self.loaded is None:
             raise ConfigError(_why_not_loaded(self._order.name, code, worker.has_stalled))
         return trio.current_time() - started_s
-
-    async def _write(self, worker: WorkerProcess, scope: trio.CancelScope) -> None:
-        try:
-            await worker.write()
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            scope.cancel()
 
     async def _watch(self, worker: WorkerProcess, scope: trio.CancelScope) -> None:
         """Ends a worker that has not said in time what it owes.
@@ -229,11 +134,6 @@ class Lane:
         self._worker, self.loaded = worker, message
         self.expect_by(math.inf)
         self._tell_changed(self)
-
-
-def _environment() -> dict[str, str]:
-    """What the interpreter needs to start."""
-    return {name: value for name, value in worker_environment().items() if name in _KEPT_ENVIRONMENT}
 
 
 def _why_not_loaded(name: str, code: int, has_stalled: bool) -> str:

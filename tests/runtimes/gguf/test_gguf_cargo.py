@@ -31,6 +31,7 @@ from runtimes.gguf import cargo as cargo_module
 from runtimes.gguf import process as process_module
 from runtimes.gguf.cargo import GgufCargo, open_gguf_cargo, worker_environment
 from runtimes.gguf.messages import Load
+from runtimes.worker_process import pause_after
 
 ROOT = Path(cargo_module.__file__).resolve().parents[2]
 HASH = "5a" * 32
@@ -437,10 +438,10 @@ async def test_a_worker_that_crashes_over_and_over_is_started_after_growing_paus
 def test_pauses_grow_to_a_limit_and_start_anew_after_a_good_life() -> None:
     pauses = [0.0]
     for _ in range(12):
-        pauses.append(process_module.pause_after(pauses[-1], served_s=1.0))
+        pauses.append(pause_after(pauses[-1], served_s=1.0))
     assert pauses[1] == limits.WORKER_RESTART_MIN_S and pauses[-1] == limits.WORKER_RESTART_MAX_S
     assert all(later == min(2 * earlier, limits.WORKER_RESTART_MAX_S) for earlier, later in pairwise(pauses[1:]))
-    assert process_module.pause_after(pauses[-1], served_s=60.0) == limits.WORKER_RESTART_MIN_S
+    assert pause_after(pauses[-1], served_s=60.0) == limits.WORKER_RESTART_MIN_S
 
 
 async def test_a_worker_that_stands_still_is_noticed_and_replaced(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

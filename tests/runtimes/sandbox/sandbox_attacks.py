@@ -70,7 +70,7 @@ ATTACKS = [
     _attack(
         "key_through_proc_root",
         _GONE,
-        "def attack(f): return open('/proc/self/root/..' + f['key']).read()",
+        "def attack(f): return open(os.path.join('/proc/self', 'root', '..') + f['key']).read()",
     ),
     _attack(
         "key_through_a_link_in_tmp",
