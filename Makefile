@@ -2,11 +2,12 @@
 PYTHON ?= python3
 GPU ?=
 ARGS ?=
+JOBS ?= 2
 BIN := .venv/bin
 SETUP = $(PYTHON) .ci/environment.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo demo-pipeline test soak bench lint clean python
+.PHONY: help setup setup-images setup-test demo demo-images demo-pipeline test soak bench lint clean python
 
 help:  ## This list
 	@echo "Archipelag: home GPUs as one inference service. Begin with: make demo"
@@ -21,17 +22,23 @@ python:
 setup: python  ## Make .venv with everything that an Island needs; GPU=cuda, vulkan or metal builds llama.cpp for it
 	@$(SETUP) core --gpu "$(GPU)"
 
+setup-images: python  ## The same, and what pictures need (torch, diffusers)
+	@$(SETUP) images --gpu "$(GPU)"
+
 setup-test: python  ## The same, and what the tests and linters need
 	@$(SETUP) test --gpu "$(GPU)"
 
 demo: setup  ## A Coordinator and two Islands on this machine, and an answer from a real model
 	@$(BIN)/archipelag-node demo $(ARGS)
 
+demo-images: setup-images  ## The same with a picture: installs torch and diffusers
+	@$(BIN)/archipelag-node demo $(ARGS)
+
 demo-pipeline: setup  ## One model over several Islands, one of which is killed in the middle of an answer
 	@$(BIN)/archipelag-node demo --pipeline $(ARGS)
 
 test: setup-test  ## All tests, with reduced counts
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 soak: setup-test  ## The tests that take long, with the full counts
 	@$(BIN)/python -m pytest -m soak -s $(ARGS)

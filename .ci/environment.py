@@ -27,7 +27,12 @@ PYTHON_MIN = (3, 11)
 TICK_S = 10.0
 AMX_REPAIR = ROOT / ".ci" / "amx_tile_config.h"
 EXTRAS = "options.extras_require"
-LEVELS = {"core": ["gguf"], "test": ["gguf", "wasm", "test"]}
+LEVELS = {
+    # each has all that the ones before it have
+    "core": ["gguf", "wasm", "onnx"],
+    "images": ["gguf", "wasm", "onnx", "diffusers"],
+    "test": ["gguf", "wasm", "onnx", "diffusers", "test"],
+}
 GPU_BUILDS = {
     # kind: (flags for llama.cpp, a program that its toolkit brings, how to get it)
     "cuda": ("-DGGML_CUDA=on", "nvcc", "the CUDA toolkit: https://developer.nvidia.com/cuda-downloads"),
@@ -44,6 +49,8 @@ TEST_PROGRAMS = {
     "clang": "clang",
     "wasm-ld": "lld",
     "/usr/include/wasm32-wasi/stdio.h": "wasi-libc",  # no program: what shows that it is there
+    "podman": "podman",
+    "runc": "runc",
     "/usr/lib/llvm-14/lib/clang/14.0.6/lib/wasi/libclang_rt.builtins-wasm32.a": "libclang-rt-14-dev-wasm32",
 }
 POSTGRES_HOME = Path("/usr/lib/postgresql")  # Debian keeps a server's programs here, not on PATH: VERSION/bin/postgres
@@ -82,7 +89,7 @@ class SetupError(Exception):
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Make Archipelag's virtual environments.")
-    parser.add_argument("level", choices=["core", "test", "bench"])
+    parser.add_argument("level", choices=[*LEVELS, "bench"])
     parser.add_argument("--gpu", default="", help="cuda, vulkan or metal; cpu to go back; empty: as it was")
     parser.add_argument("--venv", type=Path, default=None)
     options = parser.parse_args(arguments)
@@ -168,7 +175,7 @@ def make_main(level: str, gpu: str, venv: Path) -> None:
     """`.venv` with this project in it, editable, and its extras. What an earlier run brought (extras, GPU build) stays."""
     stamp_path = venv / "archipelag-setup.json"
     stamp = read_stamp(stamp_path)
-    level = "test" if stamp.get("level") == "test" else level
+    level = max(level, stamp.get("level", level), key=list(LEVELS).index)
     gpu = gpu or stamp.get("gpu", "cpu")
     wanted = {"level": level, "gpu": gpu, "digest": digest(LEVELS[level])}
     if stamp != wanted or not python_of(venv).exists():

@@ -121,10 +121,9 @@ class _Load:
             self.ended.set()
 
 
-async def _drive(target: Target, clients: int, count: int, stream: bool) -> dict[str, float]:
-    body = json.dumps({**json.loads(_BODY), "stream": True}).encode() if stream else _BODY
+async def _drive(target: Target, clients: int, count: int, path: str, body: bytes) -> dict[str, float]:
     request = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{target.port}\r\nAuthorization: Bearer {target.key}\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{target.port}\r\nAuthorization: Bearer {target.key}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     ).encode() + body
     load = _Load(count, clients)
@@ -150,7 +149,13 @@ async def _drive(target: Target, clients: int, count: int, stream: bool) -> dict
 
 def drive(target: Target, clients: int, count: int, stream: bool = False) -> dict[str, float]:
     """Sends ``count`` requests over ``clients`` connections. Raises RuntimeError when one is not answered with 200."""
-    return asyncio.run(_drive(target, clients, count, stream))
+    body = json.dumps({**json.loads(_BODY), "stream": True}).encode() if stream else _BODY
+    return drive_at(target, clients, count, "/v1/chat/completions", body)
+
+
+def drive_at(target: Target, clients: int, count: int, path: str, body: bytes) -> dict[str, float]:
+    """The same with a body of one's own."""
+    return asyncio.run(_drive(target, clients, count, path, body))
 
 
 def serve_upstream(port: int) -> None:

@@ -37,6 +37,7 @@ NAMES = (
     "books_chat",
     "direct",
     "blobs",
+    "cargos",
     "market_day",
 )
 _RESULTS = Path(__file__).parent / "results"

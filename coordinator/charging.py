@@ -37,7 +37,7 @@ def earned_of(result: ChoiceResult, metered: Metered, ask: Ask, limit_micros: in
 
 def owed_for_delivered(metered: Metered, ask: Ask, limit_micros: int, now_s: float) -> list[Earned]:
     """For a choice whose Consumer left: what has reached him, by our own count, since there is no receipt. Nothing for nothing."""
-    if not metered.island or not metered.tokens:
+    if not metered.island or not (metered.tokens or metered.lines):
         return []
     elapsed_ms = _elapsed_ms(metered, now_s)
     price = min(ask.price(metered.tokens, elapsed_ms), limit_micros)

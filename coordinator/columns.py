@@ -186,6 +186,15 @@ class Columns:
         """Raises KeyError."""
         return self._rows[island]
 
+    def content_hashes(self) -> set[str]:
+        """Of all that is offered under the name."""
+        return {candidate.offer.content_hash for candidate in self._candidates}
+
+    @property
+    def runtime(self) -> str:
+        """What runs the Cargo, by the word of who offered it first; empty where nobody does."""
+        return self._candidates[0].offer.runtime if self._candidates else ""
+
     def candidate(self, row: int) -> Candidate:
         return self._candidates[row]
 

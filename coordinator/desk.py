@@ -32,7 +32,7 @@ from coordinator.dispatch import Dispatcher, Emit
 from coordinator.exchange.bids import Bid, Work
 from coordinator.exchange.quotes import Quote, QuoteRefused
 from coordinator.exchange.rates import Clearing
-from coordinator.jobs import Accepted, ChoiceResult, Event, JobSpec, Meter, Replayed, Settled, Text
+from coordinator.jobs import Accepted, ChoiceResult, Event, JobSpec, Meter, Replayed, Said, Settled, Text
 from coordinator.matching import explanation
 from coordinator.openings import Opening, Openings
 from coordinator.transcript import Transcript, replay
@@ -80,7 +80,8 @@ class TakenOver(Refused):
 @dataclass(frozen=True, slots=True)
 class Order:
     """A request that has passed all checks. ``delivers``: its words reach the Consumer as they come, so what was delivered counts even when
-    the end does not come. ``keep_s``: how long the answer is kept."""
+    the end does not come. ``keep_s``: how long the answer is kept. ``check``: is told each event before it counts, and raises Refused for
+    what is no answer to the request."""
 
     spec: JobSpec
     work: Work
@@ -94,6 +95,7 @@ class Order:
     fingerprint: str = ""
     is_retry: bool = False
     input: bytes = b""  # where it may be run again
+    check: Callable[[Event], None] = lambda event: None
 
     @property
     def account(self) -> str:
@@ -354,7 +356,9 @@ class Desk:
         last: list[Event] = []
 
         async def keep(event: Event) -> None:
-            transcript.add(event)
+            order.check(event)
+            if order.keep_s > 0 or isinstance(event, ChoiceResult):
+                transcript.add(event)
             if order.delivers:
                 await live.wait_open()  # nothing reaches the Consumer before the hold is on disk
             if isinstance(event, ChoiceResult):
@@ -555,7 +559,7 @@ def _entered(event: Event, state: JobState) -> JobState | None:
     """The state that an event brings a submitted job to, if it is another."""
     if isinstance(event, Accepted) and state is JobState.SUBMITTED:
         return JobState.ASSIGNED
-    if isinstance(event, Text) and state is not JobState.RUNNING:
+    if isinstance(event, Text | Said) and state is not JobState.RUNNING:
         return JobState.RUNNING
     return None
 

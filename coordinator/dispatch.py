@@ -20,16 +20,19 @@ import trio
 
 from coordinator.affinity import Affinity
 from coordinator.books.errors import BooksRefused, BooksUnavailable
-from coordinator.jobs import Accepted, ChoiceResult, Event, JobSpec, Meter, Metered, StageShare, Text
+from coordinator.jobs import Accepted, ChoiceResult, Event, JobSpec, Meter, Metered, Said, StageShare, Text
+from coordinator.line_output import LineOutput
 from coordinator.logprobs import read_logprobs
 from coordinator.matching import Candidate, Wish, declared_tokens
 from coordinator.placement import Placement, Placing
 from coordinator.ports import Issuing, JobPort, JobRun, Mending
 from coordinator.statistics import Statistics
 from protocol import limits
-from protocol.errors import RETRYABLE, ArchipelagError, Code, Refused
+from protocol.cargo_io import DoneLine, ErrorLine
+from protocol.cargo_jobs import CargoInput
+from protocol.errors import RETRYABLE, ArchipelagError, Code, Refused, RemoteProtocolError
 from protocol.generation import GENERATION, GenerationRequest
-from protocol.messages import JobAccepted, JobChunk, JobDone, RouteBroken
+from protocol.messages import JobAccepted, JobChunk, JobDone, JobLines, RouteBroken
 from protocol.prices import Ask
 from protocol.receipts import peek_receipt
 
@@ -76,11 +79,12 @@ class _Progress:
     """One choice on its way through its attempts."""
 
     index: int
-    request: GenerationRequest
+    request: GenerationRequest | CargoInput
     wish: Wish
     started_s: float
     metered: Metered
     tokens: bytearray = field(default_factory=bytearray)
+    output: LineOutput = field(default_factory=LineOutput)
     islands: list[str] = field(default_factory=list)
     engines: list[str] = field(default_factory=list)
     attempts: int = 0
@@ -219,7 +223,7 @@ class Dispatcher:
             finally:
                 self._placer.release(placement)
 
-    def _wish(self, spec: JobSpec, request: GenerationRequest, affinity: str) -> Wish:
+    def _wish(self, spec: JobSpec, request: GenerationRequest | CargoInput, affinity: str) -> Wish:
         tokens = declared_tokens(request.input_chars, request.max_tokens)
         return Wish(
             spec.cargo,
@@ -258,12 +262,12 @@ class Dispatcher:
         metered = progress.metered
         metered.island, metered.ask, metered.placed = candidate.island, candidate.offer.ask, placement.choice
         metered.region = self._placer.region_of(candidate.island)
-        metered.tokens, metered.started_s = 0, trio.current_time()
-        resume = bytes(progress.tokens)
-        payload = GENERATION.encode(replace(request, resume=resume) if resume else request)
+        metered.tokens, metered.lines, metered.started_s = 0, 0, trio.current_time()
+        payload = _payload(request, bytes(progress.tokens))
         ticket = self._ticket(spec, progress, candidate)
         progress.attempts += 1
         progress.tokens_before = len(progress.tokens)
+        progress.output.begin()
         progress.opened = progress.served = progress.unmended = False
         self.statistics.attempts += 1
         async with self._port.run_job(candidate.island, ticket, payload) as run:
@@ -316,6 +320,8 @@ class Dispatcher:
                 progress.metered.tokens += len(message.tokens) // 4
                 if message.text or message.logprobs:
                     await emit(Text(index, message.text, read_logprobs(message.logprobs)))
+            elif isinstance(message, JobLines):
+                await self._tell(message, progress, candidate, emit)
             elif isinstance(message, JobAccepted):
                 engine = message.engine if candidate.plan is None else candidate.offer.engine
                 progress.full_since_s = None
@@ -329,16 +335,29 @@ class Dispatcher:
                 done = message
         if done is None:
             raise Refused(Code.LINK_LOST, "the Island's stream ended before the job did")
+        if isinstance(progress.request, CargoInput) and progress.output.done is None:
+            raise RemoteProtocolError("an Island says that a job is done whose Cargo has not said so")
         if not progress.served:
             progress.serve(candidate.island, engine)
         if done.text:
             await emit(Text(index, done.text))
         return _result(progress, done, candidate)
 
+    async def _tell(self, message: JobLines, progress: _Progress, candidate: Candidate, emit: Emit) -> None:
+        if isinstance(progress.request, GenerationRequest):
+            raise RemoteProtocolError("an Island sends lines for a text")
+        if not progress.served:
+            progress.serve(candidate.island, candidate.offer.engine)
+        progress.metered.tokens += message.tokens
+        for line in progress.output.take(message):
+            if not isinstance(line, DoneLine | ErrorLine):
+                progress.metered.lines += 1
+                await emit(Said(progress.index, line))
+
     def _note_takeover(self, progress: _Progress, engine: str) -> None:
         if progress.attempts == 1:
             return
-        if not progress.tokens:
+        if not (progress.tokens or progress.output.has_begun):
             self.statistics.takeovers_before_first_token += 1
             return
         self.statistics.takeovers_mid_stream += 1
@@ -378,7 +397,7 @@ class Dispatcher:
             progress.wish = replace(wish, excluded={**wish.excluded, island: newest})
             if refusal.code is Code.LINK_LOST and self._pipelines is not None:
                 self._pipelines.driver_lost(candidate)
-        if progress.tokens and not progress.wish.content_hash:
+        if (progress.tokens or progress.output.has_begun) and not progress.wish.content_hash:
             offer = candidate.offer
             progress.wish = replace(progress.wish, content_hash=offer.content_hash, engine=progress.engines[-1])
 
@@ -420,7 +439,7 @@ def _result(progress: _Progress, done: JobDone, candidate: Candidate) -> ChoiceR
         engines=tuple(progress.engines),
         prompt_tokens=done.prompt_tokens,
         cached_tokens=done.cached_tokens,
-        completion_tokens=len(progress.tokens) // 4,
+        completion_tokens=done.completion_tokens if progress.output.done is not None else len(progress.tokens) // 4,
         price_micros=price_of(done.receipt),
         prefill_us=done.prefill_us,
         decode_us=done.decode_us,
@@ -428,10 +447,21 @@ def _result(progress: _Progress, done: JobDone, candidate: Candidate) -> ChoiceR
         wire_us=done.wire_us,
         mended=progress.mended,
         receipt=done.receipt,
+        done=progress.output.done,
     )
 
 
-def _parts(request: GenerationRequest) -> list[tuple[str, str]]:
+def _payload(request: GenerationRequest | CargoInput, resume: bytes) -> bytes | CargoInput:
+    """As it goes to an Island: a text goes on behind the tokens that are there, lines are made anew."""
+    if isinstance(request, CargoInput):
+        return request
+    return GENERATION.encode(replace(request, resume=resume) if resume else request)
+
+
+def _parts(request: GenerationRequest | CargoInput) -> list[tuple[str, str]]:
+    """What another job may have in common with it; of a Cargo's input nothing is."""
+    if isinstance(request, CargoInput):
+        return []
     if request.messages:
         return [(message.role, message.content) for message in request.messages]
     return [("prompt", request.prompt)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -21,12 +21,15 @@ from coordinator.books.errors import BooksRefused, BooksUnavailable, Why
 from coordinator.books.jobs import ENDED, Job, JobState, WantCancel
 from coordinator.desk import POLL_S, Desk, JobCancelled, Opened, Order, TakenOver
 from coordinator.exchange.quotes import Quote
-from coordinator.jobs import Accepted, Event, Text
+from coordinator.jobs import Accepted, ChoiceResult, Event, Said, Text
+from protocol.cargo_io import DoneLine, ImageLine
 from protocol.errors import ArchipelagError, Refused
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_OPENED_AT_ONCE_MAX = 2  # kept answers with pictures: opening one takes 0.2 s and three times its size at worst
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,14 @@ class StateChange:
     error_message: str = ""
 
 
-JobEvent = StateChange | Text
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a Cargo that gives lines has said at its end."""
+
+    done: DoneLine
+
+
+JobEvent = StateChange | Text | Said | Output
 
 
 @dataclass(slots=True)
@@ -79,6 +89,17 @@ class Feed:
                 await more.wait()
 
 
+def said_in(events: Iterable[Event]) -> list[Text | Said | Output]:
+    """What a job has said, of all that happened."""
+    said: list[Text | Said | Output] = []
+    for event in events:
+        if isinstance(event, Text | Said):
+            said.append(event)
+        elif isinstance(event, ChoiceResult) and event.done is not None:
+            said.append(Output(event.done))
+    return said
+
+
 class JobBoard:
     """Runs on trio; ``run`` owns the background tasks."""
 
@@ -87,6 +108,7 @@ class JobBoard:
         self._desk, self._restore = desk, restore
         self._feeds: dict[str, Feed] = {}
         self._nursery: trio.Nursery | None = None
+        self._opening = trio.CapacityLimiter(_OPENED_AT_ONCE_MAX)
 
     def __repr__(self) -> str:
         return f"<JobBoard {len(self._feeds)} running>"
@@ -105,6 +127,26 @@ class JobBoard:
         if opened.earlier is None:
             self._start(opened, order)
         return opened.job
+
+    async def run_now(self, order: Order, send: Callable[[JobEvent], Awaitable[None]]) -> None:
+        """A job whose account waits for it, told as it comes. Raises what Desk.run raises."""
+        state = JobState.SUBMITTED
+
+        async def emit(event: Event) -> None:
+            nonlocal state
+            if isinstance(event, Accepted) and state is JobState.SUBMITTED:
+                state = JobState.ASSIGNED
+                await send(StateChange(state))
+            elif isinstance(event, Text | Said):
+                if state is not JobState.RUNNING:
+                    state = JobState.RUNNING
+                    await send(StateChange(state))
+                await send(event)
+            elif isinstance(event, ChoiceResult) and event.done is not None:
+                await send(Output(event.done))
+
+        await self._desk.run(order, emit)
+        await send(StateChange(JobState.SUCCEEDED))
 
     def resume(self, job: Job, quote: Quote | None = None) -> bool:
         """Runs a job again that we have taken over, by the quote that it was opened with; False where that cannot be."""
@@ -127,10 +169,12 @@ class JobBoard:
         async def emit(event: Event) -> None:
             if isinstance(event, Accepted) and feed.state is JobState.SUBMITTED:
                 feed.say(StateChange(JobState.ASSIGNED))
-            elif isinstance(event, Text):
+            elif isinstance(event, Text | Said):
                 if feed.state is not JobState.RUNNING:
                     feed.say(StateChange(JobState.RUNNING))
                 feed.say(event)
+            elif isinstance(event, ChoiceResult) and event.done is not None:
+                feed.say(Output(event.done))
 
         try:
             job = await self._desk.perform(opened, order, emit)
@@ -158,7 +202,7 @@ class JobBoard:
         state, tries = None, job.tries
         if feed is not None:
             async for event in feed.read():
-                if isinstance(event, Text):
+                if isinstance(event, Text | Said):
                     self._desk.note_read(job_id)
                 yield event
             if feed.state in ENDED:
@@ -178,8 +222,8 @@ class JobBoard:
             await trio.sleep(POLL_S)
             job = await self._again(job)
         if feed is None or job.tries != feed.tries:
-            for text in self.texts(job):
-                yield text
+            for event in said_in(self._desk.kept(job) or ()):
+                yield event
         yield StateChange(job.state, job.error_code, job.error_message)
 
     async def _again(self, job: Job) -> Job:
@@ -201,14 +245,23 @@ class JobBoard:
         """A question to the books. Raises BooksUnavailable."""
         return await self._desk.books.ask(question, *arguments)
 
-    def texts(self, job: Job) -> list[Text]:
-        """The kept answer, one text a choice; none where it has been forgotten."""
-        return [event for event in self._desk.kept(job) or () if isinstance(event, Text)]
-
-    async def answer(self, job: Job) -> str | None:
+    async def answer(self, job: Job) -> list[Text | Said | Output] | None:
         """All of the kept answer; None where none is kept."""
         events = self._desk.kept(job)
-        return "".join(event.text for event in events if isinstance(event, Text)) if events is not None else None
+        return said_in(events) if events is not None else None
+
+    async def kept_until(self, job_id: str) -> int:
+        """Unix milliseconds until which a job's answer is kept; 0: it is not. Raises BooksUnavailable."""
+        return await self._desk.books.ask(job_queries.kept_until, job_id)
+
+    async def kept_image(self, job_id: str, index: int) -> ImageLine | None:
+        """A picture of a kept answer, whosever it is. Raises BooksUnavailable."""
+        job = await self._desk.books.ask(job_queries.any_job, job_id)
+        if job is None or not job.output:
+            return None
+        events = await trio.to_thread.run_sync(self._desk.kept, job, limiter=self._opening)
+        images = [event.line for event in events or () if isinstance(event, Said) and isinstance(event.line, ImageLine)]
+        return images[index] if index < len(images) else None
 
     async def cancel(self, job_id: str, account: str) -> Job:
         """Ends a job, here or at the Coordinator that runs it; gives it as it is then.

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from coordinator.logprobs import TokenLogprob
 from coordinator.matching import Choice
 from coordinator.regions import Residency
+from protocol.cargo_io import DoneLine, ImageLine, ProgressLine, StatusLine, TokenLine
+from protocol.cargo_jobs import CargoInput
 from protocol.generation import FinishReason, GenerationRequest
 from protocol.prices import Ask
 
@@ -22,7 +24,7 @@ class JobSpec:
     job_id: str
     cargo: str
     cache_salt: bytes
-    choices: tuple[GenerationRequest, ...]
+    choices: tuple[GenerationRequest | CargoInput, ...]
     account: str = ""
     price_max_micros: int | None = None
     policy: Residency | None = None
@@ -56,6 +58,14 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class Said:
+    """The next line of a Cargo that gives lines, but for the last: that one is ``ChoiceResult.done``."""
+
+    choice: int
+    line: StatusLine | TokenLine | ProgressLine | ImageLine
+
+
+@dataclass(frozen=True, slots=True)
 class StageShare:
     """What one stage of a pipeline did for a choice: its layers, its ask, and its time, in microseconds. ``layers`` is empty for one that
     was replaced on the way."""
@@ -85,6 +95,7 @@ class ChoiceResult:
     wire_us: int = 0
     mended: int = 0  # times that a stage was replaced on the way
     receipt: bytes = b""
+    done: DoneLine | None = None  # of a Cargo that gives lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +114,7 @@ class Replayed:
     job_id: str
 
 
-Event = Accepted | Text | ChoiceResult | Settled | Replayed
+Event = Accepted | Text | Said | ChoiceResult | Settled | Replayed
 
 
 @dataclass(slots=True)
@@ -115,6 +126,7 @@ class Metered:
     ask: Ask = field(default_factory=Ask)
     placed: Choice | None = None
     tokens: int = 0  # that came from this Island
+    lines: int = 0  # of a Cargo that gives them, told to the Consumer
     started_s: float = 0.0
     ended_s: float = 0.0  # 0.0 while it works
     failed: list[str] = field(default_factory=list)  # Islands that broke

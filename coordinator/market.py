@@ -140,6 +140,10 @@ class MarketShell:
         await self._books.change(market_queries.keep_quote, quote.id, quote.account, body, quote.expires_at_ms)
         return quote
 
+    def gives_lines(self, cargo: str) -> bool:
+        """Whether it is known to write no texts."""
+        return self._placer.writes_text(cargo) is False
+
     # ---- asks
 
     async def set_ask(self, account: str, wanted: AskingPrice) -> None:

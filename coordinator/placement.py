@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import bisect
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -31,6 +31,7 @@ from coordinator.standing import Standing
 from protocol import limits
 from protocol.ads import Ad, CargoOffer
 from protocol.book import Book, Entry
+from protocol.cargo_jobs import TEXT_RUNTIMES
 from protocol.errors import Code, Refused
 from protocol.prices import Ask
 
@@ -155,6 +156,8 @@ class Placer:
         self._queues: dict[str, _Queue] = {}
         self._last_offered_s: dict[str, float] = {}
         self._trips_read_s = float("-inf")
+        # of a Cargo that is listed, the addresses that may run, the newest first; None for one that nobody has listed
+        self.releases: Callable[[str], Sequence[str] | None] = lambda cargo: None
         self.open_jobs = 0
 
     def __repr__(self) -> str:
@@ -190,6 +193,15 @@ class Placer:
         for name in self._pipelines.names() if self._pipelines is not None else ():
             found.setdefault(name, 0)
         return found
+
+    def writes_text(self, cargo: str) -> bool | None:
+        """Whether a Cargo writes texts, and takes no JSON object; None where nobody offers it."""
+        self._refresh()
+        facts = self._facts.get(cargo)
+        runtime = facts.runtime if facts is not None else ""
+        if runtime:
+            return runtime in TEXT_RUNTIMES
+        return True if self._pipelines is not None and cargo in self._pipelines.names() else None
 
     def asks(self, cargo: str) -> list[tuple[str, Ask, float, int, int]]:
         """The order book of a Cargo: Island, ask, tokens/s that its ad says (0.0 unknown), free slots, all slots. Islands that drain or
@@ -247,7 +259,10 @@ class Placer:
 
     def preview(self, wish: Wish, price_max_micros: int | None) -> Choice | Refusal:
         """What ``place`` would decide at this price if nobody waited; nothing is taken. For quotes."""
-        wish = replace(wish, price_max_micros=price_max_micros)
+        try:
+            wish = self._pinned(replace(wish, price_max_micros=price_max_micros))
+        except NotPlaced as refused:
+            return refused.refusal
         return self._soften(choose(self._columns(wish.cargo), wish, self._clock(), self._rng), wish.cargo)
 
     async def place(self, wish: Wish, capacity_wait_s: float, island_wait_s: float) -> Placement:
@@ -258,6 +273,7 @@ class Placer:
 
         Raises NotPlaced, a Refused, with UNKNOWN_CARGO, NO_CAPACITY or NO_ISLAND.
         """
+        wish = self._pinned(wish)
         waiter = _Waiter(wish, self._clock() * PRIORITY_PER_WAITED_S - wish.priority)
         queue = self._queues.get(wish.cargo)
         if queue is None or not queue.waiters:
@@ -270,6 +286,18 @@ class Placer:
         if self.waiting >= limits.WAITING_JOBS_MAX:
             raise NotPlaced(Refusal(Code.NO_CAPACITY, f"{self.waiting} jobs are waiting for an Island already"))
         return await self._wait(waiter, capacity_wait_s, island_wait_s)
+
+    def _pinned(self, wish: Wish) -> Wish:
+        """Of a Cargo that is listed, only its own releases count, whatever else is offered under its name: the newest that somebody offers.
+        Raises NotPlaced where none may run."""
+        releases = self.releases(wish.cargo) if not wish.content_hash else None
+        if releases is None:
+            return wish
+        if not releases:
+            text = f"no release of the Cargo {wish.cargo} may run any more: it was revoked or suspended, or its time is over"
+            raise NotPlaced(Refusal(Code.UNKNOWN_CARGO, text))
+        offered = self._columns(wish.cargo).content_hashes()
+        return replace(wish, content_hash=next((address for address in releases if address in offered), releases[0]))
 
     def release(self, placement: Placement) -> None:
         """The job there has ended; gives its place to whoever waits for it."""

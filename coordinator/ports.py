@@ -10,19 +10,20 @@ from typing import Protocol
 from coordinator.columns import Candidate
 from coordinator.matching import Wish
 from protocol.book import Book
+from protocol.cargo_jobs import CargoInput
 from protocol.hold import DropShard, HoldProgress, HoldShard, SetAsk, ShardHeld
-from protocol.messages import JobAccepted, JobChunk, JobDone, RouteBroken
+from protocol.messages import JobAccepted, JobChunk, JobDone, JobLines, RouteBroken
 
 
 class JobRun(Protocol):
-    """One open job on one Island. Iterating yields JobAccepted first, then JobChunk…, then exactly one JobDone; RouteBroken anywhere
-    before the end, answered with ``mend`` or by leaving.
+    """One open job on one Island. Iterating yields JobAccepted first, then JobChunk… or JobLines…, then exactly one JobDone; RouteBroken
+    anywhere before the end, answered with ``mend`` or by leaving. Who does not iterate holds an Island up that sends lines.
 
     Raises ``protocol.errors.Refused`` when the Island refuses or fails the job (its code travels), or with LINK_LOST when the
     connection ends before JobDone. The receipt in JobDone has been checked against what arrived.
     """
 
-    def __aiter__(self) -> AsyncIterator[JobAccepted | JobChunk | JobDone | RouteBroken]: ...
+    def __aiter__(self) -> AsyncIterator[JobAccepted | JobChunk | JobLines | JobDone | RouteBroken]: ...
 
     def mend(self, ticket: bytes) -> None:
         """The job goes on over the route of this ticket. Raises Refused(LINK_LOST)."""
@@ -32,9 +33,9 @@ class JobRun(Protocol):
 class JobPort(Protocol):
     """Opens jobs."""
 
-    def run_job(self, island: str, ticket: bytes, payload: bytes) -> AbstractAsyncContextManager[JobRun]:
-        """Opens a job on an Island's long-lived stream; leaving the context early cancels it there. Raises Refused(LINK_LOST) when
-        there is no connection and none can be made."""
+    def run_job(self, island: str, ticket: bytes, payload: bytes | CargoInput) -> AbstractAsyncContextManager[JobRun]:
+        """Opens a job on an Island's long-lived stream; leaving the context early cancels it there. ``payload``: an encoded
+        GenerationRequest, or a CargoInput. Raises Refused(LINK_LOST) when there is no connection and none can be made."""
         ...
 
 

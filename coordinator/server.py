@@ -7,7 +7,7 @@ import json
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import fields
 from typing import Any
@@ -26,7 +26,9 @@ from coordinator.http.account_routes import AccountRoutes
 from coordinator.http.app import Admit, Api, Routes, Services
 from coordinator.http.auth import Gate
 from coordinator.http.bridge import Bridge
-from coordinator.http.job_routes import JobRoutes, job_order
+from coordinator.http.cargo_routes import CargoRoutes
+from coordinator.http.job_input import job_order, unpack_asked
+from coordinator.http.job_routes import JobRoutes
 from coordinator.http.market_routes import MarketRoutes
 from coordinator.http.metrics import Metrics
 from coordinator.http.terms import Terms
@@ -38,6 +40,7 @@ from coordinator.pipelines import Pipelines
 from coordinator.placement import Placer
 from coordinator.ports import IslandPort
 from coordinator.regions import parse_policy
+from coordinator.registry import Registry
 from coordinator.standing import Standing
 from coordinator.statistics import Statistics
 from coordinator.tickets import TicketIssuer
@@ -45,11 +48,11 @@ from coordinator.upkeep import Upkeep, begin_run
 from privacy.keys import cache_salt
 from privacy.sealed_rows import RowSealer
 from protocol import limits
-from protocol.generation import GENERATION
 from protocol.identity import Signer
 from protocol.shards import ShardManifest
 
 _DRAIN_POLL_S = 0.02
+_BUILT_IN = "echo"  # its name is nobody's to publish under
 
 
 class CoordinatorServer:
@@ -58,7 +61,7 @@ class CoordinatorServer:
     def __init__(self, http: HttpThread, api: Api, parts: _Parts, services: Services) -> None:
         self._http, self._api, self._parts, self._services = http, api, parts, services
         self._dispatcher, self._placer, self.pipelines = parts.dispatcher, parts.placer, parts.pipelines
-        self.desk, self.books, self.direct = parts.desk, parts.books, parts.direct
+        self.desk, self.books, self.direct, self.registry = parts.desk, parts.books, parts.direct, parts.registry
 
     def __repr__(self) -> str:
         return f"<CoordinatorServer {self.url}: {self._dispatcher.running} running, {self._placer.waiting} waiting>"
@@ -108,12 +111,15 @@ async def open_coordinator(
     well_known: Callable[[], dict[str, Any]],
     manifests: Mapping[str, ShardManifest] | None = None,
     round_trips_s: Callable[[], Mapping[str, float]] = dict,
+    reserved: Iterable[str] = (),
 ) -> AsyncIterator[CoordinatorServer]:
     """A serving Coordinator, ready when this is entered.
 
     ``manifests``: of models that may be cut and run on several Islands, by name. ``key`` signs tickets; ``salt_secret`` keeps the prefix
     caches of accounts apart and seals what is kept of answers; ``well_known`` gives what ``/.well-known/archipelag.json`` says and is
-    called in trio; ``round_trips_s`` those to Islands, by peer id. Raises ConfigError when the database, the TLS files or the address
+    called in trio; ``round_trips_s`` those to Islands, by peer id; ``reserved``: names of Cargos that nobody may publish under.
+
+    Raises ConfigError when the database, the TLS files or the address
     cannot be used, or the database holds another network's books.
     """
     tls = tls_context(config.tls_cert, config.tls_key) if config.tls_cert else None
@@ -121,7 +127,7 @@ async def open_coordinator(
         gate = Gate(KeyStore(books.database), config, time.monotonic)
         with closing(gate):
             boot = await begin_run(books, network, salt_secret, key.peer_id)
-            parts = _Parts(config, books, boot, port, key, network, salt_secret, manifests or {}, round_trips_s)
+            parts = _Parts(config, books, boot, port, key, network, salt_secret, manifests or {}, round_trips_s, reserved)
             try:
                 async with trio.open_nursery() as nursery:
                     await parts.start(nursery)
@@ -164,6 +170,7 @@ class _Parts:
         salt_secret: bytes,
         manifests: Mapping[str, ShardManifest],
         round_trips_s: Callable[[], Mapping[str, float]],
+        reserved: Iterable[str],
     ) -> None:
         self.books = books
         self.account_routes: AccountRoutes | None = None
@@ -185,6 +192,8 @@ class _Parts:
             config.island_wait_s,
             self.pipelines,
         )
+        self.registry = Registry(books, _now_ms, config.auto_approve_cargos, (_BUILT_IN, *manifests, *reserved))
+        self.placer.releases = self.registry.releases
         me = Identity(key.peer_id, boot)
         self.market = MarketShell(books, self.placer, port, me.owner, _now_ms, config.job_timeout_s)
         self.desk = Desk(
@@ -217,6 +226,7 @@ class _Parts:
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Each is ready before the next one begins."""
+        await nursery.start(self.registry.run)
         await nursery.start(self.pipelines.run)
         await nursery.start(self.desk.openings.run)
         await nursery.start(self.board.run)
@@ -238,9 +248,8 @@ def _restorer(salt_secret: bytes, config: CoordinatorConfig, placer: Placer) -> 
         policy = parse_policy(json.loads(job.policy)) if job.policy else None
         terms = Terms(priority=job.priority, policy=policy, policy_text=job.policy, fingerprint=job.fingerprint)
         salt = cache_salt(salt_secret, job.account)
-        generation = GENERATION.decode(given)
         return job_order(
-            job.id, job.cargo, generation, terms, job.account, salt, config.result_retention_s, config.job_timeout_s
+            job.id, job.cargo, unpack_asked(given), terms, job.account, salt, config.result_retention_s, config.job_timeout_s
         )
 
     return restore
@@ -277,6 +286,7 @@ def _services(
             bridge,
             parts.board,
             functools.partial(cache_salt, salt_secret),
+            parts.placer.writes_text,
             salt_secret,
             config.result_retention_s,
             config.job_timeout_s,
@@ -284,7 +294,8 @@ def _services(
             services.draining.is_set,
             parts.placer.why_waiting,
         )
-        return parts.account_routes, jobs, MarketRoutes(admit, bridge, parts.market, config.job_timeout_s)
+        cargo_routes = CargoRoutes(admit, bridge, parts.registry)
+        return parts.account_routes, jobs, MarketRoutes(admit, bridge, parts.market, config.job_timeout_s), cargo_routes
 
     services = Services(
         bridge=bridge,
@@ -299,6 +310,8 @@ def _services(
         body_bytes_max=config.body_bytes_max,
         keep_alive_comment_s=config.keep_alive_comment_s,
         keep_s=config.retry_window_s,
+        keep_images_s=config.result_retention_s,
+        lines=parts.board,
         job_timeout_s=config.job_timeout_s,
         more=more,
         has_books=lambda: parts.upkeep.healthy,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgpack
 
-from coordinator.jobs import Accepted, ChoiceResult, Event, Settled, StageShare, Text
+from coordinator.jobs import Accepted, ChoiceResult, Event, Said, Settled, StageShare, Text
 from coordinator.logprobs import TokenLogprob
+from protocol import limits
+from protocol.cargo_io import DoneLine, ErrorLine, Line, LineReader, OutputLimits, encode_line
+from protocol.errors import Code, Refused, RemoteProtocolError
 from protocol.generation import FinishReason
 from protocol.prices import Ask
 
-_VERSION = 1
+_VERSION = 2
 
 
 class Transcript:
@@ -22,17 +26,30 @@ class Transcript:
         self._accepted: dict[int, Accepted] = {}
         self._texts: dict[int, list[Text]] = {}
         self._results: dict[int, ChoiceResult] = {}
+        self._lines: dict[int, list[bytes]] = {}
+        self._line_bytes = 0
 
     def __repr__(self) -> str:
         return f"<Transcript {len(self._results)} of {len(self._accepted)} choices ended>"
 
     def add(self, event: Event) -> None:
-        if isinstance(event, Text):
+        """Raises Refused where lines are more than can be kept."""
+        if isinstance(event, Said):
+            self._add_line(event)
+        elif isinstance(event, Text):
             self._texts.setdefault(event.choice, []).append(event)
         elif isinstance(event, ChoiceResult):
             self._results[event.choice] = event
         elif isinstance(event, Accepted):
             self._accepted[event.choice] = event
+
+    def _add_line(self, said: Said) -> None:
+        line = encode_line(said.line)
+        self._line_bytes += len(line)
+        if self._line_bytes > limits.KEPT_LINES_BYTES_MAX:
+            text = f"the output is over {limits.KEPT_LINES_BYTES_MAX} bytes, which is more than is kept; send the job with stream: true"
+            raise Refused(Code.CARGO_FAILED, text)
+        self._lines.setdefault(said.choice, []).append(line)
 
     @property
     def results(self) -> list[ChoiceResult]:
@@ -71,6 +88,7 @@ class Transcript:
                 result.wire_us,
                 result.mended,
             ],
+            b"".join(self._lines.get(index, ())) + (encode_line(result.done) if result.done is not None else b""),
         ]
 
 
@@ -89,13 +107,23 @@ def replay(packed: bytes, price_micros: int, placement: str = "") -> list[Event]
         raise ValueError(f"a kept answer of version {version} is not {_VERSION}")
     events: list[Event] = []
     results: list[Event] = []
-    for index, (accepted, text, logprobs, result) in enumerate(choices):
+    for index, (accepted, text, logprobs, result, lines) in enumerate(choices):
         island, engine, placed_s, route = accepted
         events.append(Accepted(index, island, engine, placed_s, tuple(route)))
         if text or logprobs:
             events.append(Text(index, text, tuple(_read_logprob(entry) for entry in logprobs)))
-        results.append(_read_result(index, result))
+        said = _read_lines(lines)
+        events += [Said(index, line) for line in said if not isinstance(line, DoneLine | ErrorLine)]
+        results.append(replace(_read_result(index, result), done=next((line for line in said if isinstance(line, DoneLine)), None)))
     return [*events, Settled(price_micros, placement), *results]
+
+
+def _read_lines(data: bytes) -> list[Line]:
+    reader = LineReader(OutputLimits(output_bytes=2 * limits.KEPT_LINES_BYTES_MAX))
+    try:
+        return reader.feed(data)
+    except RemoteProtocolError as error:
+        raise ValueError("the kept lines are none") from error
 
 
 def _read_logprob(entry: Sequence[Any]) -> TokenLogprob:

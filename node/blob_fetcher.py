@@ -1,7 +1,7 @@
 """Fetches one blob from several peers at once over ``/archipelag/blob/1``, and from the publisher's sources where no peer has it.
 
 The shell round protocol.blob_fetch: a task for each peer that reads what it sends, tasks that verify and write in threads, one that hashes
-the whole as it grows, and a clock. Each peer's word on the tree is taken first. Where the caller knows the root, any other tree is a lie;
+the whole as it grows, and a clock. Each peer's word on the tree is taken first. Where the caller knows the root, no other tree is followed;
 where he knows only the SHA-256 of the whole, the tree that most peers name is followed, and whoever named it is to blame if the whole turns
 out to be something else: then it is tried again without them.
 """
@@ -9,7 +9,9 @@ out to be something else: then it is tried again without them.
 from __future__ import annotations
 
 import logging
+import math
 import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -56,6 +58,7 @@ _VOTES_S = 2.0  # so long after the first tree others may name theirs, where onl
 _WRITERS = 2
 _QUEUED_CHUNKS = 8  # that wait for a writer; then peers have to wait
 _HASH_CHUNKS = 16  # hashed in one go, 0.01 s
+_SOURCE_PATIENCE_S = 3.0  # peers that have not come by then are not waited for before the source is read
 _TRIES = 3  # to reach a peer whose link is lost
 _RETRY_S = 0.5
 
@@ -102,10 +105,12 @@ class BlobWanted:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """``chunks_by_peer``: good ones; ``faults``: the peers that were dropped, and why."""
+    """``chunks_by_peer``: good ones, and ``bytes_by_peer`` those in bytes, SOURCES among them; both empty where the blob was here already.
+    ``faults``: the peers that were dropped, and why."""
 
     blob: StoredBlob
     chunks_by_peer: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    bytes_by_peer: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     faults: Mapping[str, Drop] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -121,9 +126,15 @@ class BlobFetcher:
         return f"<BlobFetcher of {self.host!r} into {self.store!r}>"
 
     async def fetch(
-        self, wanted: BlobWanted, peers: Sequence[str], progress: Progress = no_progress, source: ReadSource | None = None
+        self,
+        wanted: BlobWanted,
+        peers: Sequence[str],
+        progress: Progress = no_progress,
+        source: ReadSource | None = None,
+        tree_wait_s: float = math.inf,
     ) -> Fetched:
-        """The blob, verified and in the store. ``source`` is read for chunks that no peer gives.
+        """The blob, verified and in the store. ``source`` is read for chunks that no peer gives, and where the peers are slow;
+        ``tree_wait_s``: so long for the first peer to name a tree, where there is another way to the file.
 
         Raises BlobUnavailable, WrongContent where root and SHA-256 are not of the same file, DiskFull, OSError. Cancelled, it keeps what
         came.
@@ -134,11 +145,12 @@ class BlobFetcher:
                 progress(f"{wanted.name}: somebody else on this machine is fetching it, waiting", 0, None)
                 await trio.sleep(LOCK_POLL_S)
             held.enter_context(lock)
-            if (found := await _in_thread(partial(self._find, wanted))) is not None:
+            if (found := await in_thread(partial(self._find, wanted))) is not None:
                 return Fetched(found)
             while True:
                 honest = [peer for peer in peers if not (peer in faults and faults[peer].fault.is_guilt)]
                 attempt = _Attempt(self, wanted, honest, progress, source, faults)
+                attempt.tree_wait_s = tree_wait_s
                 try:
                     return await attempt.run()
                 except WrongContent as error:
@@ -151,7 +163,7 @@ class BlobFetcher:
         return None if found is None or (wanted.root and found.root != wanted.root) else found
 
 
-async def _in_thread(call: Callable[[Cancelled], T]) -> T:
+async def in_thread(call: Callable[[Cancelled], T]) -> T:
     """``call(cancelled)`` in a thread, which ends before this does, also where it is cancelled."""
     stop = threading.Event()
     outcome: list[T] = []
@@ -205,12 +217,14 @@ class _Attempt:
         self._began = trio.Event()
         self._root = ""
         self._plan = BlobFetch(0)
+        self._bytes: Counter[str] = Counter()
         self._partial: BlobPartial | None = None
         self._links: dict[str, _Link] = {}
         self._chunks_in, self._chunks_out = trio.open_memory_channel[tuple[str, int, bytes]](_QUEUED_CHUNKS)
         self._grown = trio.Event()
         self._error: Exception | None = None
         self._over = trio.Event()
+        self.tree_wait_s = math.inf
 
     def blame_tree(self) -> list[str]:
         """Whoever named the tree that was followed is to blame; who that is."""
@@ -237,7 +251,7 @@ class _Attempt:
     async def _follow(self) -> Fetched:
         tree = await self._agree()
         begin = partial(self._fetcher.store.begin, self._wanted.key, tree, self._progress)
-        with await _in_thread(begin) as self._partial:
+        with await in_thread(begin) as self._partial:
             self._plan = BlobFetch(tree.chunks, (index for index, there in enumerate(self._partial.there()) if there))
             await self._transfer()
             self._faults.update(self._plan.faults)
@@ -251,7 +265,8 @@ class _Attempt:
         for peer, (root, _) in self._trees.items():
             if root != self._root:
                 self._fault(peer, Fault.LIE, "named a tree that is not of the file that was asked for")
-        return Fetched(blob, MappingProxyType(dict(self._plan.came)), MappingProxyType(self._faults))
+        came, sizes = dict(self._plan.came), dict(self._bytes)
+        return Fetched(blob, MappingProxyType(came), MappingProxyType(sizes), MappingProxyType(self._faults))
 
     def _unavailable(self, why: str) -> BlobUnavailable:
         reasons = "; ".join(f"{drop.peer}: {drop.detail}" for drop in self._faults.values()) or "no peer is known"
@@ -269,7 +284,8 @@ class _Attempt:
         stored_root = await trio.to_thread.run_sync(stored.root) if stored is not None else ""
         if stored is not None and stored_root == self._wanted.root:
             return self._settle(stored_root, stored)
-        await self._wait_named(lambda: bool(self._trees))
+        with trio.move_on_after(self.tree_wait_s):
+            await self._wait_named(lambda: bool(self._trees))
         if not self._wanted.root:
             with trio.move_on_after(_VOTES_S):
                 await self._wait_named(lambda: False)
@@ -306,8 +322,11 @@ class _Attempt:
             raise RemoteProtocolError(f"asked for a tree, {peer} answered {type(answer).__name__}")
         tree = answer.tree()
         root = await trio.to_thread.run_sync(tree.root)
-        if (wanted.root and root != wanted.root) or (wanted.sha256 and answer.sha256 != wanted.sha256):
+        if wanted.sha256 not in ("", answer.sha256) or (not wanted.sha256 and root != wanted.root):
             self._fault(peer, Fault.LIE, "named a tree that is not of the file that was asked for")
+            return False
+        if wanted.root not in ("", root):  # no guilt: whoever gave us root and hash may have joined what does not belong together
+            self._fault(peer, Fault.REFUSED, "names another root for the file's hash; it, or who named both, is wrong")
             return False
         if tree.size > wanted.bytes_max:
             self._fault(peer, Fault.REFUSED, f"has {tree.size} bytes of it, {wanted.bytes_max} are allowed")
@@ -467,7 +486,9 @@ class _Attempt:
     async def _write(self, target: BlobPartial) -> None:
         async for peer, index, data in self._chunks_out:
             if await trio.to_thread.run_sync(target.put, index, data):
+                before = self._plan.came[peer]
                 self._plan.verified(peer, index)
+                self._bytes[peer] += len(data) * (self._plan.came[peer] - before)
                 self._grown.set()
                 self._progress(f"{self._wanted.name}: from peers", target.bytes_there(), target.tree.size)
             else:
@@ -482,11 +503,12 @@ class _Attempt:
                 pass
 
     async def _read_source(self, read: ReadSource) -> None:
-        """Begins when every peer that may come has come."""
+        """Begins when every peer that may come has come, or has been waited for."""
         assert self._partial is not None
         tree = self._partial.tree
-        while self._may_come():
-            await self._changed.wait()
+        with trio.move_on_after(_SOURCE_PATIENCE_S):
+            while self._may_come():
+                await self._changed.wait()
         asks, to_ask = trio.open_memory_channel[Ask](1)
         self._plan.joined(SOURCES, None, trio.current_time())
         self._links[SOURCES] = _Link(asks, trio.CancelScope())

@@ -1,12 +1,14 @@
 """``/archipelag/blob/1`` on an Island: it hands out blobs of its store, a chunk at a time.
 
-All is bounded: streams of one peer and of all together, one request at a time on each, of that at most _READ_CHUNKS in memory, and the
-time that a peer may take to read a chunk. What else it asks for meanwhile waits unread in the stream's window. Files are read in a thread.
+All is bounded: streams of one peer and of all together, one request at a time on each, of that at most _READ_CHUNKS in memory, the bytes
+that a peer gets in a second, and the time that it may take to read a chunk. What else it asks for meanwhile waits unread in the stream's
+window. Files are read in a thread.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -36,6 +38,8 @@ from runtimes.store.blob_store import BlobStore, OpenBlob, StoredBlob
 log = logging.getLogger(__name__)
 
 _READ_CHUNKS = 4  # a thread is entered once for so many
+_BURST_S = 0.25  # so much of its share a peer may have at once
+_PACED_PEERS_MAX = 1000  # remembered until their time has passed
 Wanted = TreeWanted | HaveWanted | ChunksWanted
 
 
@@ -47,8 +51,25 @@ class _Refusal(Exception):
         self.code = code
 
 
+class Pace:
+    """How fast each peer may be served: at most ``bytes_s_max``, a little more at once. Pure; the time is an argument."""
+
+    def __init__(self, bytes_s_max: float) -> None:
+        self._bytes_s_max = bytes_s_max
+        self._paid_until_s: dict[str, float] = {}
+
+    def wait_s(self, peer: str, size: int, now_s: float) -> float:
+        """Count ``size`` bytes for the peer; how long they have to wait."""
+        if len(self._paid_until_s) >= _PACED_PEERS_MAX:
+            self._paid_until_s = {one: until_s for one, until_s in self._paid_until_s.items() if until_s > now_s}
+        until_s = max(now_s, self._paid_until_s.get(peer, 0.0)) + size / self._bytes_s_max
+        self._paid_until_s[peer] = until_s
+        return max(0.0, until_s - now_s - _BURST_S)
+
+
 class BlobServer:
-    """``may``: whether the file with this SHA-256 is for others; ``check`` raises unless a Hello and its sender are welcome."""
+    """``may``: whether the file with this SHA-256 is for others; ``check`` raises unless a Hello and its sender are welcome;
+    ``bytes_s_max``: to one peer, over all its streams."""
 
     def __init__(
         self,
@@ -56,8 +77,10 @@ class BlobServer:
         hello: Callable[[], Hello],
         check: Callable[[Hello, str], object] = lambda hello, sender: None,
         may: Callable[[str], bool] = lambda sha256: True,
+        bytes_s_max: float = math.inf,
     ) -> None:
         self._store, self._hello, self._check, self._may = store, hello, check, may
+        self.pace = Pace(bytes_s_max)
         self._streams: Counter[str] = Counter()
         self.bytes_served: Counter[str] = Counter()  # by peer, of those that have a stream now
         self.bytes_total = 0
@@ -170,5 +193,6 @@ class _Visit:
         for first in range(wanted.first, end, _READ_CHUNKS):
             chunks = await trio.to_thread.run_sync(opened.read, first, min(_READ_CHUNKS, end - first))
             for index, data in enumerate(chunks, first):
+                await trio.sleep(self._server.pace.wait_s(self._stream.remote_peer, len(data), trio.current_time()))
                 await self._send(Chunk(wanted.request, index, data))
                 self._server.count(self._stream.remote_peer, len(data))

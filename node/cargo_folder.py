@@ -7,7 +7,7 @@
     licence = "Apache-2.0"
     ask = "0.001+0+0"              credits per job + per 1,000 output tokens + per second
 
-    [files."module.wasm"]          a file of the folder, which is hashed, or one that lies elsewhere: then sha256 and size_bytes
+    [files."module.wasm"]          a file of the folder, which is hashed, or one that lies elsewhere: then sha256, size_bytes and root
     sources = ["https://…"]        where others find it; without, only Islands that have it can give it on
 
     [needs]                        the most that one job may use
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from protocol import checks, limits
+from protocol.blobs import BlobTree, leaf_hash
 from protocol.cargos import (
     CARGO_VERSION,
     CachePolicy,
@@ -43,11 +44,12 @@ from protocol.cargos import (
 )
 from protocol.errors import ConfigError
 from protocol.prices import Ask, parse_ask
+from runtimes.catalogue import ROOTS
 from runtimes.store.progress import Progress, no_progress
 
 CARGO_FILE = "cargo.toml"
 _TOML_BYTES_MAX = 256 * 1024
-_READ_BYTES = 1024 * 1024
+_READ_BYTES = limits.BLOB_CHUNK_BYTES  # a leaf each
 _MB = 1024 * 1024
 _TEXTS = ("name", "release", "runtime", "entry", "licence")
 _KNOWN = {
@@ -69,10 +71,10 @@ _SHOWN_BYTES = 64 * _MB  # what takes no moment shows no progress
 
 
 def read_folder(
-    folder: Path, publisher: str, now_ms: int, progress: Progress = no_progress
+    folder: Path, publisher: str, now_ms: int, progress: Progress = no_progress, file_name: str = CARGO_FILE
 ) -> CargoManifest:
     """The manifest that a folder makes now. Raises ConfigError that says what is wrong in which field."""
-    found = _read_toml(folder / CARGO_FILE)
+    found = _read_toml(folder / file_name)
     unknown = sorted(found.keys() - _KNOWN)
     if unknown:
         _wrong(f"{', '.join(unknown)} is not known; possible are {', '.join(sorted(_KNOWN))}")
@@ -116,12 +118,15 @@ def name_of(folder: Path) -> tuple[str, str]:
     return name, release
 
 
-def check_folder(manifest: CargoManifest, folder: Path, progress: Progress = no_progress) -> list[str]:
-    """What is not as the manifest says: files that are missing, or have other contents. Empty where all is well."""
+def check_folder(
+    manifest: CargoManifest, folder: Path, progress: Progress = no_progress, files: tuple[CargoFile, ...] | None = None
+) -> list[str]:
+    """What is not as the manifest says: files (all, where ``files`` names none) that are missing, or have other contents. Empty where all
+    is well."""
     found = []
-    for file in manifest.files:
+    for file in manifest.files if files is None else files:
         try:
-            size, digest = _hash(folder, file.path, progress)
+            size, digest, root = _hash(folder, file.path, progress)
         except ConfigError as error:
             found.append(str(error))
             continue
@@ -129,6 +134,8 @@ def check_folder(manifest: CargoManifest, folder: Path, progress: Progress = no_
             found.append(
                 f"{file.path} has {size} bytes and the hash {digest[:16]}…, not {file.size_bytes} and {file.sha256[:16]}…"
             )
+        elif file.root not in ("", root):
+            found.append(f"{file.path} has the root {root[:16]}…, not {file.root[:16]}…: no Island could give it to another")
     return found
 
 
@@ -214,45 +221,61 @@ def _files(folder: Path, table: Mapping[str, Any], progress: Progress) -> tuple[
 
 
 def _file(folder: Path, path: str, entry: Any, progress: Progress) -> CargoFile:
-    if not isinstance(entry, dict) or entry.keys() - {"sources", "sha256", "size_bytes"}:
-        _wrong(f"files.{path[:60]!r} has sources, sha256 and size_bytes, and nothing else")
+    if not isinstance(entry, dict) or entry.keys() - {"sources", "sha256", "size_bytes", "root"}:
+        _wrong(f"files.{path[:60]!r} has sources, sha256, size_bytes and root, and nothing else")
     sources = entry.get("sources", [])
     if not isinstance(sources, list) or not all(isinstance(source, str) for source in sources):
         _wrong(f"files.{path[:60]!r}: sources is a list of texts")
     try:
         check_path("files", path)
         if not (folder / path).exists() and "sha256" in entry:
-            return CargoFile(path, _text(entry, "sha256"), _whole(entry, "size_bytes", -1), tuple(sources))
-        size, digest = _hash(folder, path, progress)
+            return _elsewhere(path, entry, tuple(sources))
+        size, digest, root = _hash(folder, path, progress)
         if entry.get("sha256", digest) != digest:
             _wrong(f"{path} has another hash than sha256 says: {digest}")
-        return CargoFile(path, digest, size, tuple(sources))
+        if entry.get("root", root) != root:
+            _wrong(f"{path} has another root than root says: {root}")
+        return CargoFile(path, digest, size, tuple(sources), root)
     except ValueError as error:
         _wrong(str(error))
 
 
-def _hash(folder: Path, path: str, progress: Progress) -> tuple[int, str]:
-    """Size and SHA-256 of a plain file of the folder. Raises ConfigError, also for a way out by a symbolic link."""
+def _elsewhere(path: str, entry: Mapping[str, Any], sources: tuple[str, ...]) -> CargoFile:
+    """A file that is not in the folder. Raises ValueError, ConfigError."""
+    digest, size = _text(entry, "sha256"), _whole(entry, "size_bytes", -1)
+    root = _text(entry, "root", ROOTS.get(digest, ""))
+    if not root and size > limits.BLOB_CHUNK_BYTES:
+        _wrong(f"files.{path[:60]!r} needs its root too; lay the file into the folder once, build, and `cargo show` prints it")
+    return CargoFile(path, digest, size, sources, root)
+
+
+def _hash(folder: Path, path: str, progress: Progress) -> tuple[int, str, str]:
+    """Size, SHA-256 and root (empty of an empty file) of a plain file of the folder. Raises ConfigError, also for a way out by a symbolic
+    link."""
     check_path("path", path)
     at = folder
     for piece in path.split("/"):
         at = at / piece
         if at.is_symlink():
             raise ConfigError(f"{path} is, or leads through, a symbolic link; copy the file into the folder")
-    digest, done = hashlib.sha256(), 0
+    digest, done, leaves = hashlib.sha256(), 0, bytearray()
     try:
-        with open(os.open(at, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
+        with open(os.open(at, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=_READ_BYTES) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ConfigError(f"{path} is no plain file")
             while piece_bytes := file.read(_READ_BYTES):
                 digest.update(piece_bytes)
+                leaves += leaf_hash(piece_bytes)
                 done += len(piece_bytes)
                 if status.st_size > _SHOWN_BYTES:
                     progress(f"hashing {path}", done, status.st_size)
     except OSError as error:
         raise ConfigError(f"cannot read {path} in {folder}: {error.strerror}") from error
-    return done, digest.hexdigest()
+    try:
+        return done, digest.hexdigest(), BlobTree(done, bytes(leaves)).root() if done else ""
+    except ValueError as error:
+        raise ConfigError(f"{path} is too large, or changed while it was read: {error}") from error
 
 
 def template(name: str, runtime: Runtime) -> str:

@@ -20,6 +20,9 @@ from coordinator.server import CoordinatorServer, open_coordinator
 from node import AGENT
 from node.announce import AdsServer
 from node.bookkeeper import BookKeeper, now_ms
+from node.cargo_links import CargoLinks
+from node.cargo_listing import CargoListing
+from node.cargo_news import CargoNews
 from node.catchup import CatchUp
 from node.control import serve_control
 from node.datadir import PEERS_FILE, DataDir
@@ -30,7 +33,9 @@ from node.island import peers_json
 from node.net.discovery import Discovery
 from node.net.frames import FrameStream
 from node.net.host import Host, PeerLost, open_host
+from node.notice_store import NEWS_FOLDER
 from node.ready import remove_ready, write_ready
+from node.shipped import shipped_names
 from node.signals import watch_signals
 from node.spread import Spreader
 from node.trust import check_delegation
@@ -38,6 +43,7 @@ from privacy.keys import NodeKey
 from protocol import limits
 from protocol.ads import sign_lost
 from protocol.book import Book
+from protocol.cargo_jobs import CargoInput
 from protocol.direct import DESK, DESK_PROTOCOL, SETTLE, SETTLE_PROTOCOL
 from protocol.errors import Code, LinkLost, Refused, RemoteProtocolError
 from protocol.hold import HOLD, HOLD_PROTOCOL, DropShard, HoldProgress, HoldRefused, HoldShard, SetAsk, ShardHeld
@@ -82,7 +88,7 @@ class NetworkPort:
         await self._keeper.wait_changed()
 
     @asynccontextmanager
-    async def run_job(self, island: str, ticket: bytes, payload: bytes) -> AsyncIterator[JobRun]:
+    async def run_job(self, island: str, ticket: bytes, payload: bytes | CargoInput) -> AsyncIterator[JobRun]:
         entry = self._keeper.book.entries.get(island)
         if entry is not None and island not in self._host.connected_peers():
             self._host.remember(island, entry.ad.addresses)
@@ -177,6 +183,10 @@ class _Coordinator:
         self._ads_server = AdsServer(
             self._keeper, self._hello, self._addresses, self._spreader.publish_nowait, self._meet
         )
+        self._news = CargoNews(data.folder(NEWS_FOLDER), self._network)
+        self._cargo_links = CargoLinks(
+            host, self._news, self._network, self._hello, self._meet, self._rng, self._spreader.gossip
+        )
         self._links: Links | None = None
         self._pipelines: Pipelines | None = None
         self._direct: DirectServer | None = None
@@ -188,6 +198,7 @@ class _Coordinator:
             self._host.set_handler(ADS_PROTOCOL, ADS, self._ads_server.serve)
             nursery.start_soon(self._keeper.run)
             nursery.start_soon(self._spreader.run)
+            nursery.start_soon(self._cargo_links.run)
             nursery.start_soon(self._watch_peers, port)
             nursery.start_soon(CatchUp(self._host, self._keeper, self._hello, self._rng).run)
             discovery = self._discovery()
@@ -204,7 +215,8 @@ class _Coordinator:
                 self._well_known,
                 self._role.manifests,
                 self._host.round_trips_s,
-            ) as server:
+                shipped_names(),
+            ) as server, self._listing(server).running():
                 self._pipelines = server.pipelines
                 self._direct = direct = DirectServer(server.direct, self._hello)
                 self._host.set_handler(DESK_PROTOCOL, DESK, direct.serve_desk)
@@ -227,10 +239,15 @@ class _Coordinator:
             rng=self._rng,
         )
 
-    def _hello(self) -> Hello:
+    def _listing(self, server: CoordinatorServer) -> CargoListing:
+        return CargoListing(server.registry, self._news, self._network, self._key, self._delegation, now_ms)
+
+    def _delegation(self) -> bytes:
         expires_at_ms = now_ms() + int(limits.DELEGATION_LIFETIME_S * 1000)
-        delegation = sign_delegation(Delegation(self._network, self._key.peer_id, expires_at_ms), self._network_key)
-        return Hello(PROTOCOL_VERSION, NodeRole.COORDINATOR, self._network, AGENT, delegation)
+        return sign_delegation(Delegation(self._network, self._key.peer_id, expires_at_ms), self._network_key)
+
+    def _hello(self) -> Hello:
+        return Hello(PROTOCOL_VERSION, NodeRole.COORDINATOR, self._network, AGENT, self._delegation())
 
     def _meet(self, hello: Hello, sender: str) -> None:
         """Another Coordinator of our network is believed when it says that an Island is gone. Raises RemoteProtocolError."""
@@ -269,6 +286,7 @@ class _Coordinator:
             "pipelines": self._pipelines.status() if self._pipelines is not None else [],
             "direct": asdict(self._direct.counts) if self._direct is not None else {},
             "gossip": self._spreader.statistics(),
+            "news": self._news.status(),
             "links": repr(self._links),
             "host": asdict(self._host.statistics()),
         }

@@ -7,6 +7,7 @@
     salt.key       Coordinator only: secret behind the cache salts and the kept answers, the same for all Coordinators of one database
     peers.json     peers of the last run
     pins.json      what was learned at first contact: network, Coordinator's peer id by URL
+    cargo-news/    what was heard of Cargos and revocations
     claims/        Island only: what Consumers owe for jobs, until a Coordinator has settled it
 
 Everything is written to a temporary file and renamed, so a power cut leaves the old or the new, never half.

@@ -10,10 +10,12 @@ import json
 import socket
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from node import demo_cargos
 from node.demo_client import MODEL, DemoFailed, ask_json, chunks_of, open_answer, question, say, text_of
 from node.localnet import LocalNetwork
 from protocol.errors import ConfigError
@@ -38,11 +40,13 @@ def run_demo(config: DemoConfig, out: TextIO) -> None:
     with tempfile.TemporaryDirectory(prefix="archipelag-demo-") as folder, LocalNetwork(Path(folder)) as network:
         say(out, "2/4 Coordinator")
         network.start_coordinator(_free_address(config, out))
-        say(out, f"3/4 {config.islands} Islands, each loading the model with one thread")
-        islands = _start_islands(config.islands, network)
+        more = demo_cargos.cargos()
+        say(out, f"3/4 {config.islands} Islands, each loading the model with one thread; one of them {' and '.join(more)} too")
+        islands = _start_islands(config.islands, network, more)
         key = network.make_key()
         say(out, f"4/4 answer ({time.monotonic() - started:.1f} s after the start)\n")
         _ask(network.url, key, config.prompt, islands, out)
+        demo_cargos.show(network.url, key, more, out)
         if not config.once:
             _stay(network, key, out)
         say(out, "\nstopping …")
@@ -67,10 +71,14 @@ def _is_free(address: str) -> bool:
     return True
 
 
-def _start_islands(count: int, network: LocalNetwork) -> dict[str, str]:
-    """Names by peer id. One thread each: engines that spin on the same cores slow each other down many times."""
-    names = [f"island-{number}" for number in range(1, count + 1)]
-    nodes = [network.start_island(name, "--cargo", MODEL, "--threads", "1") for name in names]
+def _start_islands(count: int, network: LocalNetwork, more: Sequence[str]) -> dict[str, str]:
+    """Names by peer id; the last one has ``more`` Cargos. One thread each: engines that spin on the same cores slow each other down many
+    times."""
+    nodes = []
+    for number in range(1, count + 1):
+        cargos = [MODEL, *(more if number == count else ())]
+        named = [part for name in cargos for part in ("--cargo", name)]
+        nodes.append(network.start_island(f"island-{number}", *named, "--threads", "1"))
     return {str(node.wait_ready()["peer_id"]): node.name for node in nodes}
 
 
@@ -103,6 +111,8 @@ def _stay(network: LocalNetwork, key: str, out: TextIO) -> None:
         out,
         f"curl -N {url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' -d '{body}'\n",
     )
+    vectors = json.dumps({"model": demo_cargos.EMBEDDER, "input": "Hello!"})
+    say(out, f"curl {url}/v1/embeddings -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' -d '{vectors}'\n")
     say(out, "Ctrl-C stops the demo.")
     try:
         while all(node.running for node in nodes):

@@ -35,6 +35,7 @@ from node.holder import Links, RunningJob
 from node.kept_answers import KeptAnswers
 from node.net.host import Host
 from protocol import limits
+from protocol.cargo_jobs import CargoInput
 from protocol.direct import (
     Attempt,
     DeskRefused,
@@ -191,7 +192,7 @@ class _Port:
         self._worker, self._job = worker, job
 
     @asynccontextmanager
-    async def run_job(self, island: str, ticket: bytes, payload: bytes) -> AsyncIterator[RunningJob]:
+    async def run_job(self, island: str, ticket: bytes, payload: bytes | CargoInput) -> AsyncIterator[RunningJob]:
         attempt = self._job.attempts[ticket_hash(ticket)]
         try:
             async with self._worker.links.run_job(island, ticket, payload) as run:

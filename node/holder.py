@@ -22,6 +22,7 @@ from node.net.frames import FrameStream
 from node.net.host import Host
 from node.outbox import Outbox
 from protocol import limits
+from protocol.cargo_jobs import CargoInput
 from protocol.counts import CountSigner
 from protocol.errors import ArchipelagError, Code, LinkLost, LocalProtocolError, Refused, RemoteProtocolError
 from protocol.identity import Signer
@@ -37,6 +38,8 @@ from protocol.messages import (
     JobCount,
     JobDone,
     JobFailed,
+    JobLines,
+    JobMore,
     JobOpen,
     RouteBroken,
     RouteMended,
@@ -46,7 +49,9 @@ from protocol.tickets import peek_ticket, ticket_hash
 
 log = logging.getLogger(__name__)
 
-_Event = JobAccepted | JobChunk | JobDone | RouteBroken
+_GIVE_BACK_BYTES = limits.JOB_LINES_ROOM_BYTES // 4
+
+_Event = JobAccepted | JobChunk | JobLines | JobDone | RouteBroken
 
 
 class RunningJob:
@@ -68,8 +73,10 @@ class RunningJob:
             self.signer = CountSigner(facts, ticket, holder)
         self.ended = False
         self.receipt = b""
+        self._taken = 0
         self.lease_until_s = math.inf
-        # What may wait here is bounded by the job stream's own limit on tokens, so sending never blocks the link's reader.
+        # What may wait here is bounded by the job stream's own limit on tokens, and by the room for lines, so sending never blocks the
+        # link's reader.
         self.send, self._receive = trio.open_memory_channel[_Event | Refused](math.inf)
 
     @property
@@ -86,6 +93,15 @@ class RunningJob:
             if isinstance(event, Refused):
                 raise event
             yield event
+            if isinstance(event, JobLines):
+                self._take(len(event.lines))
+
+    def _take(self, size: int) -> None:
+        """What has been dealt with makes room for more, in larger pieces."""
+        self._taken += size
+        if self._taken >= _GIVE_BACK_BYTES and not self.ended:
+            self._link.more(self, self._taken)
+            self._taken = 0
 
 
 class Link:
@@ -101,9 +117,12 @@ class Link:
     def __repr__(self) -> str:
         return f"<Link to {self.stream.remote_peer}: {len(self.jobs)} jobs{', lost' if self.lost else ''}>"
 
-    def open(self, ticket: bytes, payload: bytes) -> RunningJob:
+    def open(self, ticket: bytes, payload: bytes | CargoInput) -> RunningJob:
         job = RunningJob(self.streams.next_number(), ticket, self, self._holder)
-        message = JobOpen(job.number, ticket, payload)
+        if isinstance(payload, CargoInput):
+            message = JobOpen(job.number, ticket, payload.seed, payload.data)
+        else:
+            message = JobOpen(job.number, ticket, input=payload)
         self.streams.send(message)
         self.jobs[job.number] = job
         self._say(message)
@@ -114,6 +133,12 @@ class Link:
             message = RouteMended(job.number, ticket)
             self.streams.send(message)
             self._say(message)
+
+    def more(self, job: RunningJob, taken: int) -> None:
+        """The Island may send more lines."""
+        message = JobMore(job.number, taken)
+        self.streams.send(message)
+        self._say(message)
 
     def leave(self, job: RunningJob) -> None:
         """The caller wants no more of this job. What has come of it is signed for."""
@@ -244,7 +269,7 @@ class Links:
         return f"<Links: {len(self._links)} open, {self.opened_total} opened, {self.jobs_total} jobs>"
 
     @asynccontextmanager
-    async def run_job(self, island: str, ticket: bytes, payload: bytes) -> AsyncIterator[RunningJob]:
+    async def run_job(self, island: str, ticket: bytes, payload: bytes | CargoInput) -> AsyncIterator[RunningJob]:
         """Opens a job; leaving early cancels it on the Island. Raises Refused(LINK_LOST) when the Island cannot be reached."""
         link = await self._link(island)
         job = link.open(ticket, payload)

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from node.bookkeeper import now_ms
+from node.cargo_runtimes import engine_walls
+from node.cargo_store import PUBLIC_WEB, CargoStore, FileWanted
 from node.greeting import answer_hello
 from node.jobs_served import Terms
 from node.net.frames import FrameStream
@@ -32,7 +34,12 @@ from protocol.messages import Hello
 from protocol.prices import Ask
 from protocol.shards import LayerRange, ShardManifest
 from protocol.tickets import Ticket, TicketGuard, total_ask
-from runtimes.store import ModelStore
+from runtimes.sandbox.probe import Sandbox
+from runtimes.store import ModelStore, Progress
+from runtimes.worker_process import Walls
+
+if TYPE_CHECKING:
+    from runtimes.gguf.shard_store import ShardStore
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +49,14 @@ Key = tuple[str, LayerRange]
 
 @dataclass(frozen=True, slots=True)
 class HoldSettings:
-    """``memory_bytes``: offered for shards, 0 where the Island takes none."""
+    """``memory_bytes``: offered for shards, 0 where the Island takes none. ``sandbox``: what engines work in; None: nothing."""
 
     memory_bytes: int
     threads: int
     gpu_layers: int | None = None
     cache_dir: Path | None = None
     folders: tuple[Path, ...] = ()
+    sandbox: Callable[[], Awaitable[Sandbox]] | None = None
 
 
 @dataclass(eq=False)
@@ -65,6 +73,7 @@ class Held:
     what: tuple[str, int, int] = ("waiting", 0, 0)
     error: Refused | None = None
     shard_hash: str = ""
+    came_from: str = ""  # "peers", or as ShardFile says it
     obtain_s: float = 0.0  # to find, fetch or cut the file
     load_s: float = 0.0  # to start the process and load it
     host: StageHost | None = None
@@ -103,10 +112,12 @@ class ShardHolder:
         changed: Callable[[], int],
         ask_of: Callable[[str], Ask],
         set_ask: Callable[[str, Ask], None] | None = None,
+        files: CargoStore | None = None,
     ) -> None:
         """``check`` raises unless a Hello and the peer that said it are a Coordinator of our network; ``changed`` says the ad anew and
-        returns its sequence; ``set_ask(cargo, ask)`` raises Refused, and is None where the owner sets his asks here alone."""
-        self._set_ask = set_ask
+        returns its sequence; ``set_ask(cargo, ask)`` raises Refused, and is None where the owner sets his asks here alone; ``files``
+        brings them from other Islands, and gives them on."""
+        self._set_ask, self._files = set_ask, files
         self._settings, self._boot, self._guard, self._neighbours, self._server = settings, boot, guard, neighbours, server
         self._hello, self._check, self._changed, self._ask_of = hello, check, changed, ask_of
         self._held: dict[Key, Held] = {}
@@ -173,6 +184,7 @@ class ShardHolder:
         for held in self._held.values():
             entry: dict[str, Any] = {"name": held.manifest.name, "layers": str(held.layers), "bytes_needed": held.bytes_needed}
             entry["state"] = "ready" if held.is_ready else "restarting" if held.loaded.is_set() else held.what[0]
+            entry["came_from"] = held.came_from
             entry["pid"] = held.engine.worker_pid if held.engine is not None else 0
             if held.engine is not None and held.loaded.is_set() and not held.is_whole and held.error is None:
                 facts = held.engine.ready
@@ -311,15 +323,17 @@ class ShardHolder:
             self._changed()
 
     async def _load(self, held: Held, stack: AsyncExitStack) -> None:
-        from runtimes.gguf.shard_store import ShardStore
+        from runtimes.gguf.shard_store import ShardStore, is_public
 
-        store = ShardStore(ModelStore(self._settings.cache_dir), self._settings.folders)
+        # The manifest is a stranger's: its sources are asked by the rules for those.
+        store = ShardStore(ModelStore(self._settings.cache_dir, web=PUBLIC_WEB), self._settings.folders)
         cancelled = threading.Event()
 
         def progress(what: str, done: int, total: int | None) -> None:
             held.what = (checks.made_printable(what, limits.NAME_CHARS_MAX), done, total or 0)
 
         started_s = trio.current_time()
+        from_peers = "" if self._files is None else await bring_from_peers(self._files, held, store, progress)
         context = store.obtain(held.manifest, held.layers, progress, cancelled.is_set)
         try:
             file = await trio.to_thread.run_sync(context.__enter__, abandon_on_cancel=True)
@@ -328,7 +342,9 @@ class ShardHolder:
         finally:
             cancelled.set()
         stack.push(partial(_leave, context))
-        held.shard_hash = file.sha256
+        held.shard_hash, held.came_from = file.sha256, from_peers or file.came_from
+        if self._files is not None and file.came_from != "folder" and is_public(held.manifest):
+            stack.enter_context(self._files.shared.sharing(file.sha256))
         held.what = ("loading", 0, 0)
         obtained_s = trio.current_time()
         held.obtain_s = obtained_s - started_s
@@ -349,8 +365,13 @@ class ShardHolder:
                 memory_limit_bytes=held.bytes_needed,
                 threads=self._settings.threads,
                 gpu_layers=self._settings.gpu_layers,
+                walls=await self._walls(path),
             )
         )
+
+    async def _walls(self, path: Path) -> Walls | None:
+        sandbox = await self._settings.sandbox() if self._settings.sandbox is not None else None
+        return engine_walls(sandbox, path, self._settings.gpu_layers) if sandbox is not None else None
 
     async def _open_stage(self, held: Held, path: Path, stack: AsyncExitStack) -> None:
         from runtimes.gguf.cargo import GgufCargo
@@ -374,7 +395,7 @@ class ShardHolder:
             cells=held.cells,
         )
         if order.is_stage:
-            stage = held.engine = await stack.enter_async_context(opened(StageCargo(order)))
+            stage = held.engine = await stack.enter_async_context(opened(StageCargo(order, await self._walls(path))))
             ready, token_s = stage.ready, 1.0 / stage.ready.tokens_per_s
             facts = StageFacts(held.manifest.name, ready.engine, ready.width, PIPELINE_SEQUENCES, ready.kv_tokens, token_s)
             held.host = StageHost(stage, facts, held.layers, self._guard, self._neighbours)
@@ -382,10 +403,35 @@ class ShardHolder:
             stage.listener = held.host
             self._server.hosts[held.key] = held.host
             return
-        cargo = held.engine = held.cargo = await stack.enter_async_context(opened(GgufCargo(order)))
+        cargo = held.engine = held.cargo = await stack.enter_async_context(opened(GgufCargo(order, await self._walls(path))))
         driver = held.driver = RouteDriver(cargo, cargo.ready.width, self._neighbours)
         cargo.ring = driver
         self._server.drivers[held.key] = driver.serve_inbound
+
+
+async def bring_from_peers(files: CargoStore, held: Held, store: ShardStore, progress: Progress) -> str:
+    """Where another Island has the shard, or else the model that it can be cut of, brings that into the cache. Says which came; empty
+    where nothing did, or nothing was lacking."""
+    manifest = held.manifest
+    for lacking in await trio.to_thread.run_sync(store.lacking, manifest, held.layers):
+        wanted = FileWanted(
+            manifest.name,
+            lacking.sha256,
+            lacking.size_bytes,
+            lacking.root,
+            ".gguf",
+            lacking.sources,
+            frozenset({lacking.sha256}),
+            joins_only=True,
+        )
+        with files.loadings.loading(manifest.name, manifest.model_sha256, lacking.size_bytes) as loading:
+            try:
+                await files.bring(wanted, loading.heard(progress, lacking.size_bytes))
+            except ConfigError as error:  # then as if there were no peers; that says it once more, if it has to be said
+                log.info("%s", error)
+                continue
+        return "peers" if lacking.sha256 == manifest.shard_hash(held.layers) or held.is_whole else "cut of a model from peers"
+    return ""
 
 
 def _check_size(held: Held) -> None:

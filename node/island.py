@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -14,7 +14,12 @@ import trio
 
 from node import AGENT
 from node.announce import AdsClient, AdSource, AdsServer, CoordinatorFinder, SignedAd
+from node.blobs_served import BlobServer
 from node.bookkeeper import BookKeeper, now_ms
+from node.cargo_deck import Deck, open_deck
+from node.cargo_links import CargoLinks
+from node.cargo_news import CargoNews
+from node.cargo_store import CargoStore, open_cargo_store
 from node.cargos import ECHO, CargoSettings, engine_threads, load_cargos
 from node.catchup import CatchUp
 from node.claims import CLAIMS_FOLDER, Claims, SettleClient
@@ -24,24 +29,28 @@ from node.gpus import detect_gpus
 from node.hardware import detect
 from node.holding import HoldSettings, ShardHolder
 from node.jobs_served import JobServer, Terms, island_hello
+from node.manifest_cargos import ManifestCargos
 from node.net.discovery import Discovery
 from node.net.host import Host, open_host
 from node.net.mdns import FoundPeer
+from node.notice_store import NEWS_FOLDER
 from node.ready import remove_ready, write_ready
 from node.signals import watch_signals
 from node.spread import Spreader
 from node.stages_served import Neighbours, StageServer
 from node.trust import Pins
 from privacy.keys import NodeKey
-from protocol import limits
-from protocol.ads import AD_VERSION, Ad, CargoOffer, Gpu, Hardware, PathMeasure, sign_ad
-from protocol.errors import ArchipelagError, Code, Refused
+from protocol import checks, limits
+from protocol.ads import AD_VERSION, Ad, CargoLoading, CargoOffer, Gpu, Hardware, PathMeasure, sign_ad
+from protocol.blobs import BLOB, BLOB_PROTOCOL
+from protocol.errors import ArchipelagError, Code, Refused, RemoteProtocolError
 from protocol.hold import HOLD, HOLD_PROTOCOL
 from protocol.messages import ADS, ADS_PROTOCOL, JOB, JOB_PROTOCOL, Hello, NodeRole
 from protocol.prices import Ask, format_ask, format_credits
 from protocol.stage_messages import STAGE, STAGE_PROTOCOL
 from protocol.tickets import TicketGuard
-from runtimes.base import LoadedCargo
+from runtimes.catalogue import ROOTS
+from runtimes.sandbox.probe import Sandbox
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +92,13 @@ class AdMaker:
         self._fixed, self._config, self._host, self._terms = fixed, config, host, terms
         self._sequence = fixed.boot - 1
         self.holder: ShardHolder | None = None
+        self.sandbox: Callable[[], Sandbox | None] = lambda: None
+        self.loading: tuple[CargoLoading, ...] = ()
         self.draining = False
 
     def __call__(self) -> SignedAd:
         self._sequence = max(now_ms(), self._sequence + 1)
-        holder = self.holder
+        holder, sandbox = self.holder, self.sandbox()
         held = () if holder is None else holder.whole()
         offers = tuple(_offer(terms) for terms in (*self._terms.values(), *held) if terms.cargo.alive)
         ad = Ad(
@@ -109,6 +120,9 @@ class AdMaker:
             draining=self.draining,
             shards=() if holder is None else holder.offers(),
             memory_free_bytes=0 if holder is None or self.draining else holder.free_bytes,
+            loading=self.loading,
+            sandbox=sandbox.level.value if sandbox is not None else "",
+            sandbox_reason=checks.made_printable(sandbox.reason) if sandbox is not None else "",
         )
         return SignedAd(ad, sign_ad(ad, self._fixed.key))
 
@@ -171,14 +185,15 @@ class _Island:
     async def run(self) -> None:
         config = self._config
         async with AsyncExitStack() as stack:
-            cargos = await load_cargos(config.cargos, stack)
+            deck = await stack.enter_async_context(open_deck(self._key.peer_id, config.cargos.grants))
+            registered = await load_cargos(config.cargos, deck, stack, self._key.peer_id)
             if set(config.cargos.names) != {ECHO}:  # an Island that only echoes has no use for a GPU
                 report = await trio.to_thread.run_sync(detect_gpus)
                 self.gpus = report.gpus
                 for gpu in report.gpus:
                     log.info("GPU %s (%s), %.1f GiB", gpu.name, gpu.backend, gpu.vram_bytes / 1024**3)
-            for name in sorted(set(config.asks) - set(cargos)):
-                log.warning("--ask %s: no Cargo of that name is loaded; loaded: %s", name, ", ".join(sorted(cargos)) or "none")
+            for name in sorted(set(config.asks) - {*deck.cargos, *(name.partition("@")[0] for name in registered)}):
+                log.warning("--ask %s: no Cargo of that name is loaded; loaded: %s", name, ", ".join(sorted(deck.cargos)) or "none")
             log.info("this Island is %s; note: %s", self._key.peer_id, READ_WARNING)
             host = await stack.enter_async_context(open_host(self._key.seed, config.listen))
             finder = CoordinatorFinder(
@@ -188,7 +203,7 @@ class _Island:
                 discovery = self._discovery(host, finder)
                 await nursery.start(discovery.run)
                 await self._join(finder)
-                await _Service(self, host, finder, cargos, discovery).run()
+                await _Service(self, host, finder, deck, registered, discovery).run()
                 nursery.cancel_scope.cancel()
 
     def _discovery(self, host: Host, finder: CoordinatorFinder) -> Discovery:
@@ -235,13 +250,15 @@ class _Service:
         island: _Island,
         host: Host,
         finder: CoordinatorFinder,
-        cargos: Mapping[str, LoadedCargo],
+        deck: Deck,
+        registered: Sequence[str],
         discovery: Discovery,
     ) -> None:
         config, key, network = island._config, island._key, island._pins.network
         self._island, self._host, self._config = island, host, config
         self._asks = dict(config.asks)
-        self._terms = {name: Terms(cargo, self._ask_of(name)) for name, cargo in cargos.items()}
+        self._deck, self._registered = deck, registered
+        self._terms = {name: Terms(on_deck.cargo, self._ask_of(name)) for name, on_deck in deck.cargos.items()}
         fixed = _Fixed(key, island._boot, network, detect(island._data.path, island.gpus))
         self._maker = AdMaker(fixed, config, host, self._terms)
         self._ads = AdSource(self._maker)
@@ -251,14 +268,33 @@ class _Service:
         self._guard = TicketGuard(key.peer_id, island._boot, network)
         self._neighbours = Neighbours(host, island._hello, self._addresses_of)
         self._stages = StageServer(self._guard, island._hello)
+        self._files = self._open_files()
+        self._blobs = BlobServer(
+            self._files.store, island._hello, self._check_kin, self._files.shared.may, limits.BLOB_SERVE_BYTES_S_MAX
+        )
         self._holder = self._make_holder()
         self._maker.holder = self._holder
+        self._maker.sandbox = lambda: deck.known_sandbox
         self._claims = Claims(island._data.folder(CLAIMS_FOLDER), now_ms, island._rng)
         self._jobs = JobServer(
             key, self._guard, network, self._terms, island._hello, self._holder, self._claims, self._meet
         )
         self._spreader = Spreader(host, network, self._keeper)
         self._client = AdsClient(finder, self._ads, self._keeper, self._guard.trust, island._rng)
+        self._news = CargoNews(island._data.folder(NEWS_FOLDER), network)
+        self._cargo_links = CargoLinks(
+            host,
+            self._news,
+            network,
+            island._hello,
+            self._meet,
+            island._rng,
+            self._spreader.gossip,
+            lambda: self._client.coordinators,
+        )
+        self._manifests = ManifestCargos(
+            deck, registered, self._terms, self._ask_of, self._news, self._files, self._jobs, self._ads.fresh
+        )
         self._ads_server = AdsServer(
             self._keeper, island._hello, finder.known, self._spreader.publish_nowait, self._meet
         )
@@ -272,6 +308,7 @@ class _Service:
             gpu_layers=cargos.gpu_layers,
             cache_dir=cargos.cache_dir,
             folders=cargos.shard_dirs,
+            sandbox=self._deck.sandbox,
         )
 
         def changed() -> int:
@@ -288,10 +325,23 @@ class _Service:
             changed,
             self._ask_of,
             self._set_ask if config.remote_asks else None,
+            self._files,
         )
 
+    def _open_files(self) -> CargoStore:
+        """Where Cargos' files and shards come from; what everybody can have is given to others while it is loaded."""
+        cache_dir = self._config.cargos.cache_dir
+        files = open_cargo_store(self._host, self._island._hello, self._keeper.book.ads, self._addresses_of, cache_dir)
+        for terms in self._terms.values():
+            if (digest := terms.cargo.facts().content_hash) in ROOTS:
+                files.shared.share(digest)
+        return files
+
     def _ask_of(self, name: str) -> Ask:
-        return self._asks.get(name, self._config.default_ask)
+        """What the owner wants; else what the Cargo's publisher suggests, if it is anything; else the default."""
+        on_deck = self._deck.cargos.get(name)
+        suggested = on_deck.manifest.ask if on_deck is not None and on_deck.manifest is not None else Ask()
+        return self._asks.get(name, suggested if suggested != Ask() else self._config.default_ask)
 
     def _set_ask(self, name: str, ask: Ask) -> None:
         """As the owner wants it, until the next start. Raises Refused for a Cargo that is not here."""
@@ -306,6 +356,11 @@ class _Service:
     def _check(self, hello: Hello, sender: str) -> None:
         """Raises unless a Coordinator of our network says hello."""
         self._guard.trust(self._island._pins.check_hello(hello, sender, now_ms()))
+
+    def _check_kin(self, hello: Hello, sender: str) -> None:
+        """Files are for nodes of our network. Raises RemoteProtocolError."""
+        if hello.network != self._island._pins.network:
+            raise RemoteProtocolError(f"{sender} is of network {hello.network[:80] or 'none'}")
 
     def _meet(self, hello: Hello, sender: str) -> None:
         """Any Coordinator of our network may give us jobs, also one that we have never been told of. Raises RemoteProtocolError."""
@@ -322,17 +377,19 @@ class _Service:
         self._host.set_handler(STAGE_PROTOCOL, STAGE, self._stages.serve)
         self._host.set_handler(HOLD_PROTOCOL, HOLD, self._holder.serve)
         self._host.set_handler(ADS_PROTOCOL, ADS, self._ads_server.serve)
+        self._host.set_handler(BLOB_PROTOCOL, BLOB, self._blobs.serve)
         async with trio.open_nursery() as nursery:
             await nursery.start(self._holder.run)
             nursery.start_soon(self._keeper.run)
             nursery.start_soon(self._spreader.run)
+            nursery.start_soon(self._cargo_links.run)
             nursery.start_soon(self._client.run)
             nursery.start_soon(self._settle)
             nursery.start_soon(CatchUp(self._host, self._keeper, self._island._hello, self._island._rng).run)
             nursery.start_soon(self._refresh_ads)
             nursery.start_soon(self._spread_ads)
-            for terms in self._terms.values():
-                nursery.start_soon(self._watch_cargo, terms.cargo)
+            nursery.start_soon(self._watch_loading)
+            self._manifests.begin(nursery)
             await nursery.start(serve_control, self._island._data, {"status": self.status, "peers": self.peers})
             nursery.start_soon(self._say_ready)
             self._island._serving = True
@@ -347,6 +404,7 @@ class _Service:
             await self._claims.run(desk)
 
     async def _say_ready(self) -> None:
+        await self._manifests.loaded.wait()
         await self._client.ready.wait()
         names = sorted(self._terms)
         log.info("ready: %s", ", ".join(names) or "no Cargo loaded, memory offered")
@@ -382,11 +440,12 @@ class _Service:
             self._spreader.publish_nowait(signed.envelope)
             signed = await self._ads.wait_next(signed)
 
-    async def _watch_cargo(self, cargo: LoadedCargo) -> None:
+    async def _watch_loading(self) -> None:
+        """How far downloads are stands in the ad."""
         while True:
-            await cargo.wait_changed()
+            self._maker.loading = await self._files.loadings.wait_changed(self._maker.loading)
             self._ads.fresh()
-            await trio.sleep(limits.AD_CHANGE_INTERVAL_S)
+            await trio.sleep(limits.AD_LOADING_INTERVAL_S)
 
     def status(self) -> Mapping[str, Any]:
         counts = self._jobs.counts
@@ -402,10 +461,14 @@ class _Service:
             "cargos": [asdict(terms.cargo.facts()) | {"alive": terms.cargo.alive} for terms in self._terms.values()],
             "shards": self._holder.status(),
             "memory_free_bytes": self._holder.free_bytes,
+            "loading": [asdict(one) for one in self._files.loadings.now()],
+            "files": asdict(self._files.counts) | {"bytes_served": self._blobs.bytes_total, "bad_peers": dict(self._files.bad_peers)},
             "jobs": asdict(counts),
             "claims": {"waiting": len(self._claims), **asdict(self._claims.counts)},
             "tickets": {"admitted": self._guard.admitted, "refused": self._guard.refused},
             "gossip": self._spreader.statistics(),
+            "sandbox": str(self._deck.known_sandbox or "not needed yet"),
+            "news": self._news.status(),
             "host": asdict(self._host.statistics()),
         }
 

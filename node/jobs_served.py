@@ -1,10 +1,10 @@
-"""The Island's end of ``/archipelag/job/1``: tickets in, tokens and receipts out.
+"""The Island's end of ``/archipelag/job/1``: tickets in, tokens or lines and receipts out.
 
 One task a job, all owned by the stream's nursery: when the stream is lost, everything that ran for it is cancelled and its slots are
 free at once. A job that fails answers with JobFailed; only a peer that breaks the protocol costs itself the stream.
 
 Where the ticket asks the holder to sign for what it gets (``count_every``), no more leaves than is signed for and that much, and what the
-job is worth goes to the claims (node/claims.py), however it ended.
+job is worth goes to the claims (node/claims.py), however it ended. Of lines no more leaves than the holder has room for.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from node.pipeline_job import PipelineJob
 from node.route_driver import RouteDriver
 from privacy.keys import NodeKey
 from protocol import checks, limits
+from protocol.cargo_io import DoneLine, Line, TokenLine, encode_line
 from protocol.counts import EMPTY_HASH
 from protocol.direct import Claim
 from protocol.errors import Code, LinkLost, Refused, RemoteProtocolError
@@ -41,6 +42,8 @@ from protocol.messages import (
     JobCount,
     JobDone,
     JobFailed,
+    JobLines,
+    JobMore,
     JobOpen,
     NodeRole,
     RouteBroken,
@@ -49,10 +52,11 @@ from protocol.messages import (
 from protocol.prices import Ask
 from protocol.receipts import RECEIPT_VERSION, Ending, Receipt, sign_receipt
 from protocol.tickets import Ticket, TicketGuard, ticket_hash
-from runtimes.base import Chunk, Finished, LoadedCargo, RunRequest
+from runtimes.base import Chunk, Finished, LineCargo, LineRequest, Loaded, LoadedCargo, RunRequest
 
 log = logging.getLogger(__name__)
 
+_PROMPT_TOKENS_MAX = 2**31
 _SETTLING_MAX = limits.JOBS_PER_LINK_MAX  # ended jobs of one stream that wait for their last count
 
 
@@ -74,7 +78,7 @@ class JobCounts:
 class Terms:
     """What a Cargo costs here. ``driver``: where it is the last stage of a pipeline, whose ask is that of all stages."""
 
-    cargo: LoadedCargo
+    cargo: Loaded
     ask: Ask
     driver: RouteDriver | None = None
 
@@ -130,6 +134,7 @@ class JobServer:
         self._meet = meet
         self.counts = JobCounts()
         self.draining = False
+        self.running: set[_Job] = set()
         self._idle = trio.Event()
 
     def __repr__(self) -> str:
@@ -146,12 +151,19 @@ class JobServer:
         await answer_hello(stream, self._hello, self._meet)
         await _Session(self, stream).run()
 
+    def end_all_of(self, content_hash: str, why: Refused) -> int:
+        """Ends the running jobs of a Cargo, and says how many they were."""
+        found = [job for job in self.running if job.work is not None and job.work.ticket.content_hash == content_hash]
+        for job in found:
+            job.fail(why)
+        return len(found)
+
     def note_end(self) -> None:
         self.counts.running -= 1
         if not self.counts.running:
             self._idle.set()
 
-    def admit(self, message: JobOpen, sender: str) -> tuple[Ticket, Terms, RunRequest]:
+    def admit(self, message: JobOpen, sender: str) -> tuple[Ticket, Terms, RunRequest | LineRequest]:
         """Checks everything that can be checked before the engine is asked. Raises Refused."""
         if self.draining:
             raise Refused(Code.DRAINING, "this Island is shutting down")
@@ -161,6 +173,8 @@ class JobServer:
             terms = self._drivers.terms(ticket)
         if terms is None:
             raise Refused(Code.UNKNOWN_CARGO, f"this Island does not hold Cargo {ticket.cargo}")
+        if message.seed:
+            return ticket, terms, _line_request(message, ticket)
         try:
             generation = GENERATION.decode(bytes(message.input))
         except RemoteProtocolError as error:
@@ -176,7 +190,7 @@ class JobServer:
 
     def receipt(self, work: _Work) -> bytes:
         """Over what has been sent so far."""
-        ticket, sent = work.ticket, work.sent_tokens
+        ticket, sent = work.ticket, min(work.sent_tokens, work.ticket.token_limit)
         compute_ms = work.compute_ms(trio.current_time())
         receipt = Receipt(
             version=RECEIPT_VERSION,
@@ -216,12 +230,13 @@ class _Work:
     sent_tokens: int = 0
     output_hash: bytes = EMPTY_HASH
     started_s: float | None = None
+    waited_s: float = 0.0
     ending: Ending = Ending.CUT
     receipt: bytes = b""
 
     def compute_ms(self, now_s: float) -> int:
-        """Since it was accepted, but for the time that it waited for signatures."""
-        waited_s = self.meter.waited_s if self.meter is not None else 0.0
+        """Since it was accepted, but for the time that it waited for signatures, or for a holder who does not read."""
+        waited_s = self.waited_s + (self.meter.waited_s if self.meter is not None else 0.0)
         return max(0, int((now_s - (self.started_s or now_s) - waited_s) * 1000))
 
     def sent(self, tokens: int, digest: bytes) -> None:
@@ -241,6 +256,7 @@ class _Job:
     driver: RouteDriver | None = None
     pipeline: PipelineJob | None = None
     refusal: Refused | None = None
+    more: trio.Event = field(default_factory=trio.Event)  # room for lines
 
     def fail(self, refusal: Refused) -> None:
         """Ends it from outside."""
@@ -277,6 +293,9 @@ class _Session:
             job.scope.cancel()
         elif isinstance(message, RouteMended):
             self._mend(message, job)
+        elif isinstance(message, JobMore):
+            job.more.set()
+            job.more = trio.Event()
         elif isinstance(message, JobCount) and job.work is not None:
             if job.work.meter is None:
                 raise RemoteProtocolError("a count for a job whose ticket asks for none")
@@ -317,6 +336,7 @@ class _Session:
     async def _work_on(self, job: _Job) -> None:
         number, counts = job.message.job, self._server.counts
         counts.running += 1
+        self._server.running.add(job)
         try:
             with job.scope:
                 await self._run(job)
@@ -334,6 +354,7 @@ class _Session:
             self._fail(number, Refused(Code.INTERNAL, "the Island broke while it worked on the job"))
         finally:
             job.driver = job.pipeline = None
+            self._server.running.discard(job)
             self._server.note_end()
 
     async def _wait_settled(self, job: _Job) -> None:
@@ -363,14 +384,18 @@ class _Session:
     async def _run(self, job: _Job) -> None:
         server, number = self._server, job.message.job
         ticket, terms, request = server.admit(job.message, self._stream.remote_peer)
-        if terms.driver is not None:
+        if terms.driver is not None and isinstance(request, RunRequest):
             terms.driver.check(ticket)
             job.driver = terms.driver
             job.pipeline = PipelineJob(job.message.ticket, lambda *why: self._say_broken(number, *why), job.fail)
             request = replace(request, route=job.pipeline)
         meter = JobMeter(ticket, job.message.ticket) if ticket.count_every else None
         job.work = work = _Work(job.message.ticket, ticket, terms, meter)
-        async with terms.cargo.run(request) as run:
+        if isinstance(request, LineRequest):
+            await self._run_lines(job, work, request)
+            return
+        cargo = _writer_of_text(terms.cargo)
+        async with cargo.run(request) as run:
             server.counts.started += 1
             server.counts.resumed_tokens += len(request.generation.resume) // 4
             work.prompt_tokens, work.cached_tokens = run.prompt_tokens, run.cached_tokens
@@ -383,6 +408,33 @@ class _Session:
                     self._send(number, work, event)
                 else:
                     await self._send_signed(number, work, event, meter)
+
+    async def _run_lines(self, job: _Job, work: _Work, request: LineRequest) -> None:
+        server, number, done = self._server, job.message.job, DoneLine()
+        async with _writer_of_lines(work.terms.cargo).run_lines(request) as run:
+            server.counts.started += 1
+            self._say(JobAccepted(number, work.terms.cargo.facts().engine, 0, 0))
+            work.started_s = trio.current_time()
+            async for line in run:
+                if isinstance(line, DoneLine):
+                    done = line
+                await self._send_line(job, work, line)
+        usage = done.usage
+        tokens = min(usage.completion_tokens, limits.COMPLETION_TOKENS_MAX) if usage is not None else work.sent_tokens
+        prompt_tokens = min(usage.prompt_tokens, _PROMPT_TOKENS_MAX) if usage is not None else 0
+        compute_s = work.compute_ms(trio.current_time()) / 1000
+        self._finish(job, work, Finished(FinishReason.STOP, prompt_tokens, tokens, 0, decode_s=compute_s))
+
+    async def _send_line(self, job: _Job, work: _Work, line: Line) -> None:
+        """Waits until the holder has room. A Cargo that writes more meanwhile waits too."""
+        number, since_s = job.message.job, trio.current_time()
+        while self._streams.room(number) <= 0:
+            await job.more.wait()
+        work.waited_s += trio.current_time() - since_s
+        data = encode_line(line)
+        self._say(JobLines(number, self._streams.line_bytes(number), int(isinstance(line, TokenLine)), data))
+        work.sent(*self._streams.counted(number))
+        self._server.counts.tokens += isinstance(line, TokenLine)
 
     def _send(self, job: int, work: _Work, chunk: Chunk) -> None:
         self._say(JobChunk(job, work.sent_tokens, chunk.text, chunk.logprobs, chunk.tokens))
@@ -427,6 +479,27 @@ class _Session:
             )
         )
         server.counts.done += 1
+
+
+def _line_request(message: JobOpen, ticket: Ticket) -> LineRequest:
+    """Raises Refused."""
+    if ticket.count_every:
+        raise Refused(Code.BAD_INPUT, "jobs of lines come through a Coordinator; ask that instead of a bridge")
+    if len(ticket.route) > 1:
+        raise Refused(Code.BAD_INPUT, "a pipeline writes text only")
+    return LineRequest(ticket.job_id, bytes(message.input), bytes(message.seed))
+
+
+def _writer_of_text(cargo: Loaded) -> LoadedCargo:
+    if not isinstance(cargo, LoadedCargo):
+        raise Refused(Code.BAD_INPUT, f"{cargo.facts().name} takes one JSON object (POST /api/v1/jobs), not messages or a prompt")
+    return cargo
+
+
+def _writer_of_lines(cargo: Loaded) -> LineCargo:
+    if not isinstance(cargo, LineCargo):
+        raise Refused(Code.BAD_INPUT, f"{cargo.facts().name} takes messages or a prompt, and nothing else")
+    return cargo
 
 
 def island_hello(network: str, agent: str) -> Hello:

@@ -26,7 +26,7 @@ class Spreader:
 
     def __init__(self, host: Host, network: str, keeper: BookKeeper) -> None:
         self._keeper = keeper
-        self._gossip = Gossip(host, topic_of(network), self._may_pass)
+        self.gossip = self._gossip = Gossip(host, topic_of(network), self._may_pass)
         self._send, self._receive = trio.open_memory_channel[bytes](_WAITING_MAX)
         self.dropped_total = 0
 

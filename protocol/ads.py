@@ -120,6 +120,23 @@ class ShardOffer:
 
 
 @dataclass(frozen=True, slots=True)
+class CargoLoading:
+    """A Cargo, or a model, whose files the Island is bringing here. ``address``: the Cargo's content address, of a model without a manifest
+    its SHA-256. Bytes are of all its files together; the total is 0 where nobody knows it yet."""
+
+    name: str
+    address: str
+    done_bytes: int
+    total_bytes: int
+
+    def __post_init__(self) -> None:
+        checks.label("cargo name", self.name, limits.NAME_CHARS_MAX)
+        checks.content_hash("address", self.address)
+        checks.in_range("total_bytes", self.total_bytes, 0, _BYTES_MAX)
+        checks.in_range("done_bytes", self.done_bytes, 0, self.total_bytes or _BYTES_MAX)
+
+
+@dataclass(frozen=True, slots=True)
 class PathMeasure:
     """Measured round trip to a neighbour."""
 
@@ -151,6 +168,9 @@ class Ad:
     draining: bool = False
     shards: tuple[ShardOffer, ...] = ()
     memory_free_bytes: int = 0  # for shards that a Coordinator plans; 0 where the Island takes none
+    loading: tuple[CargoLoading, ...] = ()
+    sandbox: str = ""  # what walls native Cargos run behind; empty where none was needed yet
+    sandbox_reason: str = ""
 
     def __post_init__(self) -> None:
         if self.version != AD_VERSION:
@@ -174,7 +194,12 @@ class Ad:
         checks.at_most("paths", self.paths, limits.AD_PATHS_MAX)
         checks.at_most("shards", self.shards, limits.AD_SHARDS_MAX)
         checks.unique("shards", [(shard.content_hash, shard.layers) for shard in self.shards])
+        if self.sandbox:
+            checks.label("sandbox", self.sandbox, limits.NAME_CHARS_MAX)
+        checks.printable("sandbox_reason", self.sandbox_reason, limits.TEXT_CHARS_MAX)
         checks.in_range("memory_free_bytes", self.memory_free_bytes, 0, _BYTES_MAX)
+        checks.at_most("loading", self.loading, limits.AD_LOADING_MAX)
+        checks.unique("loading", [one.address for one in self.loading])
 
     def offer(self, cargo: str) -> CargoOffer | None:
         return next((offer for offer in self.offers if offer.name == cargo), None)

@@ -9,7 +9,8 @@ Rules.
 - A peer answers in the order of the requests, so what arrives is the head of what it owes; anything else is a breach and ends it.
 - A bad chunk blames exactly the peer that sent it. It is not asked again during this fetch, and what it owed is asked elsewhere.
 - Only the peer's own time is measured: from when the shell was ready to hear it (``ready``) to when a chunk came.
-- The publisher's sources are a peer of their own, SOURCES, asked only for chunks that no peer can give.
+- The publisher's sources are a peer of their own, SOURCES, asked only for chunks that no peer can give, or for any while the peers
+  together are slow.
 - A chunk counts as there when it was verified, never before.
 
 Time (seconds on any clock that only rises) is an argument; there is no chance.
@@ -33,6 +34,8 @@ WINDOW_CHUNKS_MAX = 64
 STALL_S = 10.0  # a peer that owes us a chunk and sends none for so long is dropped
 SLOW_AFTER_S = 5.0
 SLOW_FACTOR = 32.0  # and one that is so much slower than the fastest
+SOURCES_AFTER_S = 2.0  # peers have so long to show how fast they are
+SOURCES_BELOW_CHUNKS_S = 2.0  # peers that together give fewer chunks in a second are helped out
 BUSY_REST_S = 1.0
 BUSY_MAX = 5  # a peer that says so more often in a row is dropped
 ENDGAME_FACTOR = 2.0  # a chunk is asked for twice where the second peer is so much sooner
@@ -133,6 +136,7 @@ class BlobFetch:
         self.faults: dict[str, Drop] = {}  # the last of each peer that was dropped
         self.came: Counter[str] = Counter()  # good chunks, by peer
         self.wasted = 0  # chunks that came twice
+        self._are_slow = False  # the peers together
 
     def __repr__(self) -> str:
         return f"<BlobFetch: {self.left} of {self.chunks} chunks left, {len(self._peers)} peers>"
@@ -242,6 +246,7 @@ class BlobFetch:
     def steps(self, now_s: float) -> list[Step]:
         """What the shell has to do now. Call it after each event, and a few times a second."""
         self._drop_slow(now_s)
+        self._are_slow = self._find_slow(now_s)
         order = sorted(self._peers.values(), key=lambda peer: (peer.name == SOURCES, peer.chunk_s, peer.name))
         for peer in order:
             if now_s < peer.rests_until_s or (peer.name == SOURCES and peer.owed):
@@ -294,7 +299,7 @@ class BlobFetch:
     def _may_ask(self, peer: _Peer, index: int) -> bool:
         if peer.name != SOURCES:
             return peer.has(index)
-        return not any(other.has(index) for other in self._peers.values() if other is not peer)
+        return self._are_slow or not any(other.has(index) for other in self._peers.values() if other is not peer)
 
     def _ask(self, peer: _Peer, run: range, now_s: float) -> None:
         self._requests += 1
@@ -321,6 +326,16 @@ class BlobFetch:
         expected_s, index = worst
         if expected_s > ENDGAME_FACTOR * idle.chunk_s and expected_s - idle.chunk_s > ENDGAME_GAIN_S:
             self._ask(idle, range(index, index + 1), now_s)
+
+    def _find_slow(self, now_s: float) -> bool:
+        """Whether the peers, those that have had time to show it, give less than SOURCES_BELOW_CHUNKS_S together."""
+        peers = [peer for peer in self._peers.values() if peer.name != SOURCES]
+        if any(now_s - peer.joined_s < SOURCES_AFTER_S for peer in peers):
+            return False
+        paces_s = [peer.pace_s(now_s) for peer in peers if peer.came or peer.owed]
+        if any(pace_s <= 0 for pace_s in paces_s):
+            return False
+        return sum(1 / pace_s for pace_s in paces_s) < SOURCES_BELOW_CHUNKS_S
 
     def _drop_slow(self, now_s: float) -> None:
         fastest = min((p for p in self._peers.values() if p.came and p.held is None), key=lambda p: p.chunk_s, default=None)

@@ -34,6 +34,14 @@ class Why(StrEnum):
     FULL = "too_many_cargos"
 
 
+class Standing(StrEnum):
+    """What a revocation means to a shelf."""
+
+    COUNTS = "counts"
+    EARLY = "early"  # of a publisher's Cargo that is not here: kept in case it comes
+    KNOWN = "known"
+
+
 class CargoRefused(ArchipelagError):
     """Nothing has changed; the message says why."""
 
@@ -51,6 +59,7 @@ class CargoShelf:
         self._releases: dict[tuple[str, str], dict[tuple[int, int, int], set[str]]] = {}  # publisher, name -> release -> addresses
         self._revoked: dict[tuple[str, str], SignedRevocation] = {}  # what, whose word (_key_of) -> the first that was heard
         self._early: OrderedDict[tuple[str, str], SignedRevocation] = OrderedDict()  # of publishers of which nothing is known here
+        self._ended: set[str] = set()  # addresses that were taken away by words that count
 
     def __repr__(self) -> str:
         return f"<CargoShelf {len(self._cargos)} Cargos, {len(self._revoked)} revocations>"
@@ -68,8 +77,8 @@ class CargoShelf:
         releases.setdefault(release_of(manifest.release), set()).add(cargo.address)
         return True
 
-    def revoke(self, signed: SignedRevocation) -> bool:
-        """Whether it is new. Raises SignatureError for the word of somebody who has none, CargoRefused(FULL)."""
+    def judge(self, signed: SignedRevocation) -> Standing:
+        """What a revocation would do here. Raises SignatureError for the word of somebody who has none, CargoRefused(FULL)."""
         revocation, key = signed.revocation, _key_of(signed)
         if revocation.network and (revocation.network != self._network or not self._is_coordinator(signed.signer)):
             raise SignatureError(f"{signed.signer} is no Coordinator of this network and revokes nothing here")
@@ -77,26 +86,53 @@ class CargoShelf:
         if cargo is not None and not _is_hit(cargo, signed):
             raise SignatureError(f"the Cargo is {cargo.manifest.publisher}'s, not {signed.signer}'s to revoke")
         if key in self._revoked or key in self._early:
-            return False
-        hit = [address for address, known in self._cargos.items() if _is_hit(known, signed)]
-        if not hit and not revocation.network:
-            self._early[key] = signed
+            return Standing.KNOWN
+        if not revocation.network and not self.hit_by(signed):
+            return Standing.EARLY
+        self._need_room()
+        return Standing.COUNTS
+
+    def revoke(self, signed: SignedRevocation) -> bool:
+        """Whether it is new. Raises SignatureError for the word of somebody who has none, CargoRefused(FULL)."""
+        standing = self.judge(signed)
+        if standing is Standing.EARLY:
+            self._early[_key_of(signed)] = signed
             if len(self._early) > limits.SHELF_EARLY_MAX:
                 self._early.popitem(last=False)
-            return True
-        self._note(signed)
-        for address in hit:
-            self._remove(address)
-        return True
+        elif standing is Standing.COUNTS:
+            hit = self.hit_by(signed)
+            self._note(signed)
+            for address in hit:
+                self._remove(address)
+        return standing is not Standing.KNOWN
 
-    def _note(self, signed: SignedRevocation) -> None:
+    def restore(self, signed: SignedRevocation) -> None:
+        """One that counted in an earlier run, whether or not its Cargo is here now. Raises CargoRefused(FULL)."""
+        self._note(signed)
+        for address in self.hit_by(signed):
+            self._remove(address)
+
+    def hit_by(self, signed: SignedRevocation) -> list[str]:
+        """Addresses of the Cargos here that a revocation would take away."""
+        if signed.revocation.cargo:
+            cargo = self._cargos.get(signed.revocation.cargo)
+            return [cargo.address] if cargo is not None and _is_hit(cargo, signed) else []
+        return [address for address, known in self._cargos.items() if _is_hit(known, signed)]
+
+    def _need_room(self) -> None:
         if len(self._revoked) >= limits.SHELF_REVOCATIONS_MAX:
             raise CargoRefused(Why.FULL, "this node knows as many revocations as it keeps")
+
+    def _note(self, signed: SignedRevocation) -> None:
+        self._need_room()
         self._early.pop(_key_of(signed), None)
         self._revoked[_key_of(signed)] = signed
+        if signed.revocation.cargo:
+            self._ended.add(signed.revocation.cargo)
 
     def _remove(self, address: str) -> None:
         manifest = self._cargos.pop(address).manifest
+        self._ended.add(address)
         releases = self._releases[manifest.publisher, manifest.name]
         release = release_of(manifest.release)
         releases[release].discard(address)
@@ -145,6 +181,21 @@ class CargoShelf:
     def all(self) -> list[SignedCargo]:
         """Every Cargo that is not revoked, in the order of addresses."""
         return [self._cargos[address] for address in sorted(self._cargos)]
+
+    def has(self, address: str) -> bool:
+        """Whether it is here, which says nothing about its time."""
+        return address in self._cargos
+
+    def is_revoked(self, address: str, publisher: str = "") -> bool:
+        """Whether a Cargo may never run again, whether or not it is here; ``publisher``: whose it is, where that is known."""
+        keys = itertools.product((address, publisher), ("", publisher))
+        return address in self._ended or any(key in self._revoked or key in self._early for key in keys)
+
+    def revoking(self, cargo: SignedCargo) -> list[SignedRevocation]:
+        """The words that keep a Cargo from running, as far as they count."""
+        publisher = cargo.manifest.publisher
+        keys = itertools.product((cargo.address, publisher), ("", publisher))
+        return [self._revoked[key] for key in keys if key in self._revoked]
 
     def revocations(self) -> list[SignedRevocation]:
         """For whoever has not heard them."""

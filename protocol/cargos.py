@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from protocol import checks, limits
-from protocol.envelope import Label, open_envelope, seal
+from protocol.envelope import Label, open_envelope, peek, seal
 from protocol.errors import RemoteProtocolError, SignatureError
 from protocol.identity import Signer
 from protocol.prices import Ask
@@ -28,6 +28,7 @@ CARGO_VERSION = 1
 REVOCATION_VERSION = 1
 TRUST_LEVEL_MAX = 3
 
+_EMPTY_SHA256 = hashlib.sha256().hexdigest()
 _NAME = re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*\Z")
 _RELEASE = re.compile(r"(0|[1-9][0-9]{0,5})\.(0|[1-9][0-9]{0,5})\.(0|[1-9][0-9]{0,5})\Z")
 _PIECE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*\Z")  # of a path: none begins with a dot or a dash
@@ -53,23 +54,35 @@ class CargoFile:
     """One file of a Cargo, under the path at which its runtime looks for it.
 
     ``sources``: where its parts come from, joined in order; none for a file that only peers have. A public manifest has no ``file:``.
+    ``root``: of its tree (blobs.py), by which the first bad chunk from a peer is found. A file of one chunk may do without, since its hash
+    says the same; one of no bytes has no tree.
     """
 
     path: str
     sha256: str
     size_bytes: int
     sources: tuple[str, ...] = ()
+    root: str = ""
 
     def __post_init__(self) -> None:
         check_path("path", self.path)
         if self.path.lower().endswith(_UNSAFE_SUFFIXES):
             raise ValueError(f"{self.path} may hold code that runs when it is loaded; only safetensors, GGUF and ONNX are taken")
         checks.content_hash("sha256", self.sha256)
-        checks.in_range("size_bytes", self.size_bytes, 0, limits.CARGO_FILE_BYTES_MAX)
+        checks.in_range("size_bytes", self.size_bytes, 0, limits.BLOB_BYTES_MAX)
         checks.at_most("sources", self.sources, limits.MODEL_PARTS_MAX)
         for source in self.sources:
             if len(source) > limits.TEXT_CHARS_MAX or not _SOURCE.match(source):
                 raise ValueError(f"a source is https:, hf:, pypi: or peer:, without spaces, not {source[:80]!r}")
+        self._check_root()
+
+    def _check_root(self) -> None:
+        if self.root:
+            checks.content_hash("root", self.root)
+        if not self.size_bytes and (self.root or self.sha256 != _EMPTY_SHA256):
+            raise ValueError(f"{self.path[:80]} has no bytes: then it has no root, and the sha256 of nothing")
+        if not self.root and self.size_bytes > limits.BLOB_CHUNK_BYTES:
+            raise ValueError(f"{self.path[:80]} has more than one chunk and needs the root of its tree; cargo build finds it out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +279,18 @@ def read_revocation(data: bytes) -> SignedRevocation:
     if not revocation.network and envelope.signer != revocation.publisher:
         raise SignatureError(f"a revocation by {revocation.publisher} was signed by {envelope.signer}")
     return SignedRevocation(revocation, envelope.signer, data)
+
+
+def peek_cargo(data: bytes) -> SignedCargo:
+    """One whose signature was checked before. Raises RemoteProtocolError."""
+    envelope = peek(data)
+    return SignedCargo(_MANIFEST.decode(envelope.payload), hashlib.sha256(envelope.payload).hexdigest(), data)
+
+
+def peek_revocation(data: bytes) -> SignedRevocation:
+    """One whose signature was checked before, or does not matter yet. Raises RemoteProtocolError."""
+    envelope = peek(data)
+    return SignedRevocation(_REVOCATION.decode(envelope.payload), envelope.signer, data)
 
 
 def check_name(name: str) -> None:

@@ -32,6 +32,7 @@ class Label(StrEnum):
     DELEGATION = "archipelag/delegation/1"
     CARGO = "archipelag/cargo/1"
     REVOCATION = "archipelag/cargo-revoked/1"
+    LISTING = "archipelag/cargo-listed/1"
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ class Code(StrEnum):
     """Why a job was refused or failed, as it stands on the wire."""
 
     BAD_INPUT = "bad_input"
+    NO_TOOLS = "tools_not_supported"
     BAD_TICKET = "bad_ticket"
     UNKNOWN_CARGO = "unknown_cargo"
     CONTEXT_LENGTH = "context_length_exceeded"
@@ -57,6 +58,7 @@ class Code(StrEnum):
     LEASE_LOST = "lease_lost"
     UNSIGNED = "unsigned"
     TIMEOUT = "timeout"
+    CARGO_FAILED = "cargo_failed"  # the Cargo itself is at fault: it would do the same elsewhere
     INTERNAL = "internal"
 
 

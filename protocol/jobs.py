@@ -18,6 +18,7 @@ from enum import Enum, auto
 from typing import Any
 
 from protocol import limits
+from protocol.cargo_jobs import counted_tokens
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.messages import (
     JobAccepted,
@@ -27,6 +28,8 @@ from protocol.messages import (
     JobCount,
     JobDone,
     JobFailed,
+    JobLines,
+    JobMore,
     JobOpen,
     RouteBroken,
     RouteMended,
@@ -58,6 +61,8 @@ SENT_BY: dict[type[Any], Side] = {
     RouteMended: Side.HOLDER,
     JobCount: Side.HOLDER,
     JobAlive: Side.ISLAND,
+    JobLines: Side.ISLAND,
+    JobMore: Side.HOLDER,
 }
 
 TRANSITIONS: dict[tuple[JobState, type[Any]], JobState] = {
@@ -66,12 +71,16 @@ TRANSITIONS: dict[tuple[JobState, type[Any]], JobState] = {
     (JobState.OPENING, JobFailed): JobState.ENDED,
     (JobState.OPENING, JobCancel): JobState.WITHDRAWN,
     (JobState.RUNNING, JobChunk): JobState.RUNNING,
+    (JobState.RUNNING, JobLines): JobState.RUNNING,
+    (JobState.RUNNING, JobMore): JobState.RUNNING,
     (JobState.RUNNING, JobDone): JobState.ENDED,
     (JobState.RUNNING, JobFailed): JobState.ENDED,
     (JobState.RUNNING, JobCancel): JobState.CANCELLING,
     (JobState.WITHDRAWN, JobAccepted): JobState.CANCELLING,
     (JobState.WITHDRAWN, JobFailed): JobState.ENDED,
     (JobState.CANCELLING, JobChunk): JobState.CANCELLING,
+    (JobState.CANCELLING, JobLines): JobState.CANCELLING,
+    (JobState.CANCELLING, JobMore): JobState.CANCELLING,
     (JobState.CANCELLING, JobDone): JobState.ENDED,
     (JobState.CANCELLING, JobFailed): JobState.ENDED,
     (JobState.ENDED, JobCancel): JobState.ENDED,
@@ -83,13 +92,17 @@ TRANSITIONS: dict[tuple[JobState, type[Any]], JobState] = {
     (JobState.ENDED, RouteMended): JobState.ENDED,
     **{(state, kind): state for state in (JobState.RUNNING, JobState.CANCELLING) for kind in (JobCount, JobAlive)},
     (JobState.ENDED, JobCount): JobState.ENDED,
+    (JobState.ENDED, JobMore): JobState.ENDED,
 }
 
 
 @dataclass(slots=True)
 class _Job:
     state: JobState = JobState.IDLE
+    has_lines: bool = False
     tokens: int = 0
+    line_bytes: int = 0
+    room_bytes: int = limits.JOB_LINES_ROOM_BYTES
     digest: Any = field(default_factory=hashlib.sha256)
 
 
@@ -117,9 +130,17 @@ class JobStreams:
         return JobState.ENDED if 0 < job <= self._highest else JobState.IDLE
 
     def counted(self, job: int) -> tuple[int, bytes]:
-        """Tokens that passed in this job so far, and the SHA-256 of their ids. Ask before the job ends."""
+        """Tokens that passed in this job so far, and the SHA-256 of their ids, or of the lines. Ask before the job ends."""
         entry = self._jobs[job]
-        return entry.tokens, entry.digest.digest()
+        return counted_tokens(entry.tokens), entry.digest.digest()
+
+    def room(self, job: int) -> int:
+        """Bytes of lines that may be sent before more are taken; 0 and less: none. Of a job that has ended none may."""
+        return self._jobs[job].room_bytes if job in self._jobs else 0
+
+    def line_bytes(self, job: int) -> int:
+        """Bytes of lines that passed in this job so far. Ask before the job ends."""
+        return self._jobs[job].line_bytes
 
     def send(self, message: Any) -> None:
         """Raises LocalProtocolError when we must not say this now."""
@@ -144,22 +165,47 @@ class JobStreams:
         if following is None:
             raise ValueError(f"{kind.__name__} for job {message.job} in state {state.name}")
         if kind is JobOpen:
-            self._open(message.job)
+            self._open(message)
         elif kind is JobChunk:
             self._count(message)
+        elif kind is JobLines:
+            self._count_lines(message)
+        elif kind is JobMore and message.job in self._jobs:
+            self._give_room(message)
         if following is JobState.ENDED:
             self._jobs.pop(message.job, None)
         else:
             self._jobs[message.job].state = following
 
-    def _open(self, job: int) -> None:
+    def _open(self, opened: JobOpen) -> None:
         if len(self._jobs) >= limits.JOBS_PER_LINK_MAX:
             raise ValueError(f"more than {limits.JOBS_PER_LINK_MAX} jobs at once on one stream")
-        self._highest = job
-        self._jobs[job] = _Job()
+        self._highest = opened.job
+        self._jobs[opened.job] = _Job(has_lines=bool(opened.seed))
+
+    def _count_lines(self, lines: JobLines) -> None:
+        entry = self._jobs[lines.job]
+        if not entry.has_lines:
+            raise ValueError(f"lines for job {lines.job}, which asks for text")
+        if lines.step != entry.line_bytes:
+            raise ValueError(f"lines at byte {lines.step} of job {lines.job} where byte {entry.line_bytes} was due")
+        if entry.room_bytes <= 0:
+            raise ValueError(f"lines of job {lines.job} beyond what its holder has room for")
+        entry.line_bytes += len(lines.lines)
+        entry.room_bytes -= len(lines.lines)
+        entry.tokens += lines.tokens
+        entry.digest.update(lines.lines)
+
+    def _give_room(self, more: JobMore) -> None:
+        entry = self._jobs[more.job]
+        entry.room_bytes += more.taken
+        if entry.room_bytes > limits.JOB_LINES_ROOM_BYTES:
+            raise ValueError(f"more bytes of job {more.job} are taken than were sent")
 
     def _count(self, chunk: JobChunk) -> None:
         entry = self._jobs[chunk.job]
+        if entry.has_lines:
+            raise ValueError(f"text for job {chunk.job}, which asks for lines")
         if chunk.step != entry.tokens:
             raise ValueError(f"chunk at step {chunk.step} of job {chunk.job} where step {entry.tokens} was due")
         tokens = entry.tokens + len(chunk.tokens) // 4

@@ -19,6 +19,8 @@ AD_ADDRESSES_MAX = 16
 AD_GPUS_MAX = 32
 AD_SHARDS_MAX = 16
 AD_PATHS_MAX = 64
+AD_LOADING_MAX = 8
+AD_LOADING_INTERVAL_S = 2.0  # how far downloads are is said at most this often
 AD_LIFETIME_S = 300.0
 AD_REFRESH_S = 100.0  # three refreshes fit into a lifetime, so two may be lost
 AD_CHANGE_INTERVAL_S = 0.5  # figures that change all the time are sent at most this often
@@ -70,6 +72,8 @@ JOBS_PER_LINK_MAX = 1024
 LEASE_RENEW_S = 30.0  # mission.md: "renewed every 30 s"
 LEASE_S = 60.0  # "each renewal +60 s"
 JOB_INPUT_BYTES_MAX = 5 * 1024 * 1024  # 128 messages of 32,768 characters, with room for escapes
+JOB_LINES_BYTES_MAX = 9 * 1024 * 1024  # of one frame: whole lines, at least one
+JOB_LINES_ROOM_BYTES = 256 * 1024  # of lines that a holder has not taken; an Island that has sent so much waits
 JOB_CHUNK_TEXT_BYTES_MAX = 64 * 1024
 JOB_CHUNK_LOGPROBS_BYTES_MAX = 128 * 1024
 STREAMS_PER_PEER_MAX = 64
@@ -87,6 +91,8 @@ BLOB_STREAMS_MAX = 32  # that one Island serves at once
 BLOB_SEND_S = 30.0  # a peer that has not taken one chunk by then is not reading
 BLOB_IDLE_S = 120.0  # and a stream on which nothing is asked for so long ends
 BLOB_TREE_WAIT_S = 60.0  # to read a large file once, where nobody has asked for its tree before
+BLOB_PEERS_ASKED_MAX = 8  # that one blob is asked from; more share the same line at home
+BLOB_SERVE_BYTES_S_MAX = 256 * 1024**2  # to one peer, by default: two streams are not worth the whole machine
 
 # Chat (mission.md)
 MESSAGES_MAX = 128
@@ -103,6 +109,21 @@ STOP_STRING_CHARS_MAX = 256
 TOP_LOGPROBS_MAX = 20
 CHOICES_MAX = 16
 SEED_MAX = 2**63 - 1
+
+# Chat: tools (OpenAI's own limits, where it has any)
+TOOLS_MAX = 128
+TOOLS_BYTES_MAX = 256 * 1024  # names, descriptions and parameters of all tools of a request
+TOOL_NAME_CHARS_MAX = 64
+TOOL_CALLS_MAX = 128  # of one message
+TOOL_CALL_ID_CHARS_MAX = 128
+
+# Vectors and pictures (OpenAI's own limits; mission.md)
+TEXTS_MAX = 2048  # of one request for embeddings
+PROMPT_CHARS_MAX = 32_000  # of a picture; a Cargo may have a lower one
+IMAGES_MAX = 10  # of one request
+SIDE_PX_MAX = 1024
+STEPS_MAX = 150
+GUIDANCE_MAX = 50.0
 
 # Grammar: what llama.cpp's parser stands (design.md, Engine)
 SCHEMA_BYTES_MAX = 64 * 1024
@@ -135,6 +156,8 @@ PEERS_REMEMBERED_MAX = 500
 
 # Model store
 CACHE_BYTES_DEFAULT = 20 * 1024**3
+SOURCE_REDIRECTS_MAX = 5
+SOURCE_WHEEL_BYTES_MAX = 8 * 1024**3  # of one wheel that a stranger's manifest names; the index itself takes no larger ones
 
 assert BLOB_CHUNK_BYTES <= FRAME_BODY_BYTES_MAX and BLOB_BYTES_MAX // BLOB_CHUNK_BYTES * 32 <= FRAME_BODY_BYTES_MAX
 assert AD_BYTES_MAX < ENVELOPE_BYTES_MAX < FRAME_HEADER_BYTES_MAX
@@ -201,6 +224,7 @@ WAITING_JOBS_MAX = 2000
 CANDIDATES_MAX = 64  # Islands that are considered for one pipeline
 CARGO_REMEMBERED_S = 300.0  # so long "nobody offers it now" is told from "unknown model"
 CARGOS_REMEMBERED_MAX = 1000
+KEPT_LINES_BYTES_MAX = 48 * 1024 * 1024  # of an answer that is kept: ten pictures of 1,024 x 1,024 as they are have 40 MiB in base64
 JOB_ATTEMPTS_MAX = 8
 JOB_TIMEOUT_S = 600.0
 RETRY_WINDOW_S = 300.0  # so long a chat's answer is kept, sealed, for a client that asks again after it was cut off
@@ -236,7 +260,19 @@ CARGO_CACHE_TTL_S_MAX = 30 * 86_400
 SHELF_CARGOS_MAX = 10_000  # that one node knows
 SHELF_REVOCATIONS_MAX = 100_000
 SHELF_EARLY_MAX = 10_000  # revocations by publishers of whom a node knows nothing
+CARGO_PROOF_BYTES_MAX = 1024  # a signed listing or delegation has about 350
+CARGO_NOTICES_MAX = 512  # of one message, which travels in the header of one frame
+CARGO_NOTICES_BYTES_MAX = 192 * 1024
+CARGO_KEYS_MAX = 4096  # that are compared at a time; what knows more compares in parts
+CARGO_USELESS_PER_S = 5.0  # notices of one peer that cost a look at their signatures and bring nothing new
+CARGO_USELESS_BURST = 600.0  # and so many at once; each takes 0.15 ms
+CARGO_TOLD_PER_S = 20.0  # gossip of one peer about Cargos, good or bad; more is dropped, catching up brings it
+CARGO_TOLD_BURST = 600.0
+CARGO_PASSED_S = 60.0  # so long after a node has first heard it gossip of it is passed on
 assert CARGO_MANIFEST_BYTES_MAX + 1024 <= ENVELOPE_BYTES_MAX
+assert CARGO_MANIFEST_BYTES_MAX + 1024 + 2 * CARGO_PROOF_BYTES_MAX <= ENVELOPE_BYTES_MAX, "a notice fits into a gossip message"
+assert ENVELOPE_BYTES_MAX + 2 * CARGO_PROOF_BYTES_MAX <= CARGO_NOTICES_BYTES_MAX < FRAME_HEADER_BYTES_MAX - 48 * CARGO_NOTICES_MAX
+assert 32 * CARGO_KEYS_MAX <= FRAME_BODY_BYTES_MAX and CARGO_NOTICES_MAX <= CARGO_USELESS_BURST
 
 # Cargos: what goes in and comes out (protocol/cargo_io.py); the input has JOB_INPUT_BYTES_MAX
 CARGO_LINE_BYTES_MAX = 8 * 1024 * 1024  # an image of 1,024 x 1,024 x 3 bytes as it is has 4 MiB in base64
@@ -255,12 +291,13 @@ WASM_STACK_BYTES_MAX = 512 * 1024
 WASM_MODULE_BYTES_MAX = 32 * 1024 * 1024
 WASM_TABLE_ELEMENTS_MAX = 100_000
 WASM_STDERR_BYTES_MAX = 16 * 1024  # of what a module writes there; the rest is dropped
-WASM_LOAD_TIMEOUT_S = 60.0  # to compile one module
-WASM_OVERRUN_S = 2.0  # a worker that does not give a job up so long after it was told to, or after its time, is ended
-WASM_WINDOW_BYTES = 256 * 1024  # of output that a reader has not taken: a module that writes more waits
-WASM_WAITING_MAX = 64  # jobs that wait for a worker before an Island says no_capacity
-WASM_LANES_MAX = 64
+LINE_LOAD_TIMEOUT_S = 60.0  # to compile one module
+LINE_OVERRUN_S = 2.0  # a worker that does not give a job up so long after it was told to, or after its time, is ended
+LINE_WINDOW_BYTES = 256 * 1024  # of output that a reader has not taken: a module that writes more waits
+LINE_JOBS_WAITING_MAX = 64  # jobs that wait for a worker before an Island says no_capacity
+LINE_LANES_MAX = 64
 
+assert CARGO_LINE_BYTES_MAX < JOB_LINES_BYTES_MAX <= FRAME_BODY_BYTES_MAX
 assert CARGO_LINE_BYTES_MAX < CARGO_OUTPUT_BYTES_DEFAULT <= CARGO_OUTPUT_BYTES_MAX
 assert CARGO_TOKEN_BYTES_MAX <= JOB_CHUNK_TEXT_BYTES_MAX
 assert WASM_MODULE_BYTES_MAX < FRAME_BODY_BYTES_MAX

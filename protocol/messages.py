@@ -16,6 +16,7 @@ from enum import StrEnum
 from itertools import pairwise
 
 from protocol import checks, limits
+from protocol.cargo_jobs import SEED_BYTES
 from protocol.errors import Code
 from protocol.generation import FinishReason
 from protocol.registry import Registry, body
@@ -61,15 +62,19 @@ def _job(number: int) -> None:
 @JOB.message(2)
 @dataclass(frozen=True, slots=True)
 class JobOpen:
-    """Holder to Island: do this. The body is the Cargo's input (for text Cargos a GenerationRequest)."""
+    """Holder to Island: do this. The body is the Cargo's input: a GenerationRequest, answered by JobChunk; or, with a ``seed`` of 16 bytes,
+    one JSON object, answered by JobLines."""
 
     job: int
     ticket: bytes
+    seed: bytes = b""
     input: bytes = body()
 
     def __post_init__(self) -> None:
         _job(self.job)
         checks.at_most("ticket", self.ticket, limits.ENVELOPE_BYTES_MAX)
+        if self.seed:
+            checks.exactly("seed", self.seed, SEED_BYTES)
         checks.at_most("input", self.input, limits.JOB_INPUT_BYTES_MAX)
 
 
@@ -237,6 +242,40 @@ class JobAlive:
 
     def __post_init__(self) -> None:
         _job(self.job)
+
+
+@JOB.message(12)
+@dataclass(frozen=True, slots=True)
+class JobLines:
+    """Island to holder: the next lines of a Cargo's output, whole ones with their line breaks, at least one. ``step``: bytes of lines sent
+    before, so a frame that is repeated or out of order shows; ``tokens``: how many of these are ``token`` lines."""
+
+    job: int
+    step: int
+    tokens: int
+    lines: bytes = body()
+
+    def __post_init__(self) -> None:
+        _job(self.job)
+        checks.in_range("step", self.step, 0, limits.CARGO_OUTPUT_BYTES_MAX)
+        checks.in_range("lines", len(self.lines), 1, limits.JOB_LINES_BYTES_MAX)
+        checks.in_range("tokens", self.tokens, 0, len(self.lines))
+        if bytes(self.lines[-1:]) != b"\n":
+            raise ValueError("lines are whole ones")
+
+
+@JOB.message(13)
+@dataclass(frozen=True, slots=True)
+class JobMore:
+    """Holder to Island: so many bytes of lines have been taken. An Island may have sent JOB_LINES_ROOM_BYTES more than were taken, and
+    finishes the frame in which it passes that."""
+
+    job: int
+    taken: int
+
+    def __post_init__(self) -> None:
+        _job(self.job)
+        checks.in_range("taken", self.taken, 1, limits.CARGO_OUTPUT_BYTES_MAX)
 
 
 @ADS.message(2)

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from protocol.activations import Activations
+from protocol.cargo_io import Line
 from protocol.errors import Code
 from protocol.generation import FinishReason, GenerationRequest
 from protocol.stage_messages import Span
@@ -53,6 +54,18 @@ class RunRequest:
     generation: GenerationRequest
     cache_salt: bytes
     route: JobRoute | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LineRequest:
+    """A job of a Cargo that takes one JSON object and gives JSON lines (protocol/cargo_io.py).
+
+    ``input``: the object's JSON. ``seed``: 16 bytes, of whatever the Cargo draws; the same input and seed give the same lines.
+    """
+
+    job_id: str
+    input: bytes
+    seed: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +159,20 @@ class Run(Protocol):
     def __aiter__(self) -> AsyncIterator[Chunk | Finished]: ...
 
 
-class LoadedCargo(Protocol):
-    """A Cargo that is ready to run jobs."""
+class LineRun(Protocol):
+    """A running job of lines: iterate it, once. ``DoneLine`` comes last, and only when everything has ended well.
+
+    Lines are made as they are read: who does not read holds the Cargo up. Every failure is a Refused: ``cargo_failed`` with the Cargo's own
+    words or with what it did wrong, ``bad_input``, ``worker_died``, ``no_capacity``, ….
+    """
+
+    def __aiter__(self) -> AsyncIterator[Line]: ...
+
+
+class Loaded(Protocol):
+    """What all Cargos have that are ready to run jobs."""
 
     def facts(self) -> CargoFacts: ...
-
-    def run(self, request: RunRequest) -> AbstractAsyncContextManager[Run]:
-        """Entering returns once the job is admitted. Raises Refused."""
-        ...
 
     async def wait_changed(self) -> None:
         """Returns when ``facts()`` differs from what it was (rooms, speed), or the Cargo died."""
@@ -163,3 +182,21 @@ class LoadedCargo(Protocol):
     def alive(self) -> bool: ...
 
     async def aclose(self) -> None: ...
+
+
+@runtime_checkable
+class LoadedCargo(Loaded, Protocol):
+    """A Cargo that writes text."""
+
+    def run(self, request: RunRequest) -> AbstractAsyncContextManager[Run]:
+        """Entering returns once the job is admitted. Raises Refused."""
+        ...
+
+
+@runtime_checkable
+class LineCargo(Loaded, Protocol):
+    """A Cargo that gives lines."""
+
+    def run_lines(self, request: LineRequest) -> AbstractAsyncContextManager[LineRun]:
+        """Entering returns once the job is admitted. Raises Refused. Leaving ends the job at once, with all that it has started."""
+        ...

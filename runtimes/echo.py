@@ -93,6 +93,8 @@ class EchoCargo:
             raise Refused(Code.NO_CAPACITY, f"all {_SLOTS} places of the echo Cargo are taken")
         if request.generation.output_format is not OutputFormat.TEXT:
             raise Refused(Code.BAD_INPUT, "the echo Cargo answers with plain text only, not with JSON")
+        if request.generation.tools:
+            raise Refused(Code.NO_TOOLS, "the echo Cargo has no tools")
         self._running += 1
         self.runs_total += 1
         try:

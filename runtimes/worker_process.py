@@ -1,12 +1,18 @@
-"""A worker process as the node sees it: one life of it, in frames over a socket pair. What keeps one alive is each runtime's own."""
+"""A worker process as the node sees it: one life of it, in frames over a socket pair, in a sandbox or without one. What keeps one alive is
+each runtime's own."""
 
 from __future__ import annotations
 
+import math
 import os
+import signal
 import socket
 import subprocess
+import sys
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +21,25 @@ import trio
 from protocol import limits
 from protocol.framing import FrameDecoder, encode_frame
 from protocol.registry import Registry
+from runtimes.sandbox.box import Sandboxed, open_sandboxed
+from runtimes.sandbox.command import CONTROL_FD, Bind, Program
+from runtimes.sandbox.probe import Sandbox
+from runtimes.sandbox.tiers import Tier
 
 _READ_BYTES = 256 * 1024
 _POLL_S = 0.01
 _HEALTHY_S = 10.0  # a worker that served so long starts the pauses anew
+
+
+@dataclass(frozen=True, slots=True)
+class Walls:
+    """The sandbox of a worker, and what of the machine it is shown. ``devices``: of a GPU that was granted. ``environment``: more words."""
+
+    sandbox: Sandbox
+    tier: Tier
+    reads: tuple[Bind, ...] = ()
+    devices: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 def environment_of(names: Collection[str], prefixes: tuple[str, ...] = ()) -> dict[str, str]:
@@ -34,33 +55,36 @@ def pause_after(pause_s: float, served_s: float) -> float:
     return min(max(2 * pause_s, limits.WORKER_RESTART_MIN_S), limits.WORKER_RESTART_MAX_S)
 
 
-class WorkerProcess:
-    """One life. ``heard_s``: when it said something last, on trio's clock; ``has_stalled``: it gets no time to end by itself."""
+class WorkerLink:
+    """Frames to and from one life of a worker. ``heard_s``: when it said something last, on trio's clock; ``ready_s``: when it was loaded,
+    set by whoever knows; ``has_stalled``: it gets no time to end by itself."""
 
-    def __init__(self, registry: Registry, command: Callable[[int], list[str]], environment: dict[str, str]) -> None:
-        """``command(descriptor)`` is the program that is given that end of the socket pair.
-
-        Starts it. Not in a thread: the kernel ends a worker together with the thread that started it. Raises OSError.
-        """
-        self._registry = registry
+    def __init__(self, registry: Registry, sock: socket.socket, stream: trio.SocketStream) -> None:
+        """``sock`` and ``stream`` are the same end of a socket pair; ``sock`` does not block."""
+        self._registry, self._sock, self._stream = registry, sock, stream
         self._decoder = FrameDecoder(registry)
-        self._sock, theirs = socket.socketpair()
-        self._sock.setblocking(False)
-        with theirs:
-            try:
-                self.process = _spawn(command(theirs.fileno()), theirs.fileno(), environment)
-            except OSError:
-                self._sock.close()
-                raise
-        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(self._sock))
         self._outgoing: deque[bytes] = deque()
         self._outgoing_changed = trio.Event()
         self._is_writing = False
         self.heard_s = trio.current_time()
+        self.ready_s = math.inf
         self.has_stalled = False
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._registry.name} {self.process.pid}>"
+        return f"<{type(self).__name__} {self._registry.name} {self.pid}>"
+
+    @property
+    def pid(self) -> int:
+        """Of the process with which all of the worker ends."""
+        raise NotImplementedError
+
+    @property
+    def overrun(self) -> str:
+        """Why the sandbox ended it; empty where it did not."""
+        return ""
+
+    def rest(self, is_resting: bool) -> None:
+        """Whether it has nothing to do."""
 
     def send_nowait(self, message: object) -> None:
         """At once where the socket takes it, which spares each token a turn of the scheduler; else when it does."""
@@ -106,7 +130,33 @@ class WorkerProcess:
             return b""
 
     async def end(self) -> int:
-        """Ends the process, at once where it has stalled, and returns its code."""
+        """Ends the worker, at once where it has stalled, and returns its exit code."""
+        raise NotImplementedError
+
+
+class WorkerProcess(WorkerLink):
+    """One without a sandbox."""
+
+    def __init__(self, registry: Registry, command: Callable[[int], list[str]], environment: dict[str, str]) -> None:
+        """``command(descriptor)`` is the program that is given that end of the socket pair.
+
+        Starts it. Not in a thread: the kernel ends a worker together with the thread that started it. Raises OSError.
+        """
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with theirs:
+            try:
+                self.process = _spawn(command(theirs.fileno()), theirs.fileno(), environment)
+            except OSError:
+                ours.close()
+                raise
+        super().__init__(registry, ours, trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    async def end(self) -> int:
         with trio.CancelScope(shield=True):
             await self._stream.aclose()
             if self.has_stalled:
@@ -117,6 +167,59 @@ class WorkerProcess:
             self.process.kill()
             code: int = await trio.to_thread.run_sync(self.process.wait)
         return code
+
+
+class SandboxedWorker(WorkerLink):
+    """One in its sandbox. Whoever has opened that closes it."""
+
+    def __init__(self, registry: Registry, box: Sandboxed) -> None:
+        self._box = box
+        sock = socket.socket(fileno=os.dup(box.stream.socket.fileno()))
+        sock.setblocking(False)
+        super().__init__(registry, sock, box.stream)
+
+    @property
+    def pid(self) -> int:
+        return self._box.pid
+
+    @property
+    def overrun(self) -> str:
+        return self._box.overrun.value if self._box.overrun is not None else ""
+
+    def rest(self, is_resting: bool) -> None:
+        self._box.rest(is_resting)
+
+    async def end(self) -> int:
+        with trio.CancelScope(shield=True):
+            self._sock.close()
+            await self._stream.aclose()
+            if self.has_stalled:
+                self._box.kill_nowait()
+            with trio.move_on_after(limits.WORKER_EXIT_S):  # not by wait(): where we are cancelled, so is what tells it
+                while self._box.poll() is None:
+                    await trio.sleep(_POLL_S)
+            self._box.kill_nowait()
+            code = self._box.poll()
+        if code is None:
+            return -signal.SIGKILL
+        return 128 - code if code > 128 else code  # as subprocess tells of signals, and not as shells do
+
+
+@asynccontextmanager
+async def open_walled(registry: Registry, module: str, walls: Walls) -> AsyncIterator[SandboxedWorker]:
+    """A worker, ``python -m MODULE FD 0``, in its sandbox until this is left. Raises ConfigError."""
+    program = Program(
+        command=(sys.executable, "-P", "-m", module, str(CONTROL_FD), "0"),
+        reads=walls.reads,
+        environment=walls.environment,
+        devices=walls.devices,
+    )
+    async with open_sandboxed(program, walls.tier.lasting(), walls.sandbox) as box:
+        worker = SandboxedWorker(registry, box)
+        try:
+            yield worker
+        finally:
+            await worker.end()
 
 
 def _spawn(command: list[str], descriptor: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:

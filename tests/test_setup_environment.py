@@ -188,7 +188,7 @@ def installs(environment: Any, monkeypatch: pytest.MonkeyPatch) -> Installs:
 
 def test_a_second_run_does_nothing(environment: Any, installs: Installs, tmp_path: Path) -> None:
     environment.make_main("core", "", tmp_path)
-    assert [arguments for arguments, _ in installs.calls] == [["--editable", f"{ROOT}[gguf]"]]
+    assert [arguments for arguments, _ in installs.calls] == [["--editable", f"{ROOT}[gguf,wasm,onnx]"]]
     environment.make_main("core", "", tmp_path)
     assert len(installs.calls) == 1
 
@@ -197,7 +197,7 @@ def test_setup_after_setup_test_keeps_the_extras(environment: Any, installs: Ins
     environment.make_main("core", "", tmp_path)
     environment.make_main("test", "", tmp_path)
     environment.make_main("core", "", tmp_path)
-    assert [arguments[1] for arguments, _ in installs.calls] == [f"{ROOT}[gguf]", f"{ROOT}[gguf,wasm,test]"]
+    assert [arguments[1] for arguments, _ in installs.calls] == [f"{ROOT}[gguf,wasm,onnx]", f"{ROOT}[gguf,wasm,onnx,diffusers,test]"]
 
 
 def test_changed_dependencies_are_installed(

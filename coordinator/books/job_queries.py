@@ -35,6 +35,17 @@ def job_of(connection: sql.Connection, job_id: str, account: str) -> Job | None:
     return _job(row) if row is not None else None
 
 
+def any_job(connection: sql.Connection, job_id: str) -> Job | None:
+    """A job of any account, with its sealed input and output: for who has shown otherwise that he may see it."""
+    row = connection.execute(_ONE.where(jobs.c.id == job_id)).first()
+    return _job(row) if row is not None else None
+
+
+def kept_until(connection: sql.Connection, job_id: str) -> int:
+    """Unix milliseconds until which a job's answer is kept; 0: it is not."""
+    return connection.execute(sql.select(jobs.c.result_expires_at_ms).where(jobs.c.id == job_id)).scalar_one_or_none() or 0
+
+
 def job_by_fingerprint(connection: sql.Connection, account: str, fingerprint: str, since_ms: int) -> Job | None:
     """The newest job that this very request has made before."""
     recent = (jobs.c.account == account) & (jobs.c.created_at_ms >= since_ms) & (jobs.c.fingerprint == fingerprint)

@@ -268,6 +268,59 @@ coordinators = sql.Table(
     **CLUSTERED,
 )
 
+# The registry of Cargos (coordinator/registry.py). ``seq`` counts the changes of all of it, so that each Coordinator finds what is new.
+cargos = sql.Table(
+    "cargos",
+    metadata,
+    _text("address", sql.String(64), primary_key=True),
+    _text("name", sql.String(limits.CARGO_NAME_CHARS_MAX)),
+    _text("release", sql.String(32)),
+    _text("runtime", sql.String(16)),
+    _text("publisher"),
+    _text("account"),
+    _text("state", sql.String(16)),
+    _int("submitted_at_ms"),
+    _int("decided_at_ms"),
+    _int("expires_at_ms"),
+    _int("revoked_at_ms"),  # 0: it is not
+    sql.Column("envelope", sql.LargeBinary, nullable=False),
+    sql.Column("seq", sql.BigInteger, nullable=False, unique=True),
+)
+sql.Index("cargos_of_name", cargos.c.name)
+sql.Index("cargos_of_account", cargos.c.account)
+sql.Index("cargos_of_publisher", cargos.c.publisher)
+
+cargo_names = sql.Table(
+    "cargo_names",
+    metadata,
+    _text("name", sql.String(limits.CARGO_NAME_CHARS_MAX), primary_key=True),
+    _text("publisher"),
+    _text("account"),
+    _int("at_ms"),
+    **CLUSTERED,
+)
+
+publisher_keys = sql.Table(
+    "publisher_keys", metadata, _text("publisher", primary_key=True), _text("account"), _int("at_ms"), **CLUSTERED
+)
+
+publisher_levels = sql.Table(
+    "publisher_levels", metadata, _text("account", primary_key=True), _text("level", sql.String(16)), **CLUSTERED
+)
+
+cargo_revocations = sql.Table(
+    "cargo_revocations",
+    metadata,
+    _text("id", sql.String(64), primary_key=True),  # the revocation's key (protocol/cargo_news.py)
+    _text("cargo", sql.String(64)),  # empty: all of the publisher's
+    _text("publisher"),
+    _text("network"),  # empty: the publisher's own word
+    sql.Column("envelope", sql.LargeBinary, nullable=False),
+    sql.Column("delegation", sql.LargeBinary, nullable=False),
+    _int("at_ms"),
+    sql.Column("seq", sql.BigInteger, nullable=False, unique=True),
+)
+
 # One row: whose rows in memory are still those of the database (PostgreSQL; see database.Turns).
 writer_turns = sql.Table("writer_turns", metadata, _text("name", sql.String(16), primary_key=True), _text("owner", sql.String(64)))
 

@@ -21,8 +21,9 @@ from coordinator.books.writer import Writer
 from coordinator.http.answers import to_json
 from coordinator.http.auth import ADMITTED, Gate
 from coordinator.http.errors import ApiError, bad_request
+from coordinator.http.fields import Fields
 from coordinator.http.params import one_of, parsed, whole, whole_number
-from coordinator.http.schema import Fields, parse_json
+from coordinator.http.schema import parse_json
 from coordinator.keys import (
     GRACE_MAX_S,
     GRACE_S,

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from coordinator.http.schema import ApiRequest
-from coordinator.jobs import Accepted, ChoiceResult, Event, Replayed, Settled, StageShare, Text
+from coordinator.jobs import Accepted, ChoiceResult, Event, Replayed, Said, Settled, StageShare, Text
 from coordinator.logprobs import TokenLogprob
 from protocol.prices import format_credits
 
@@ -47,7 +47,9 @@ class Answer:
     settled: Settled | None = None
     is_replay: bool = False
 
-    def note(self, event: Accepted | ChoiceResult | Settled | Replayed) -> None:
+    def note(self, event: Accepted | Said | ChoiceResult | Settled | Replayed) -> None:
+        if isinstance(event, Said):
+            return  # lines are not shown in answers of OpenAI's shapes
         if isinstance(event, ChoiceResult):
             self.results[event.choice] = event
         elif isinstance(event, Settled):

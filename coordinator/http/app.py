@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import functools
 import logging
 import secrets
@@ -21,13 +22,15 @@ from coordinator.desk import Order
 from coordinator.dispatch import Emit
 from coordinator.exchange.bids import Work
 from coordinator.exchange.quotes import QuoteRefused
-from coordinator.http import models, schema
+from coordinator.http import embeddings, images, models, schema
 from coordinator.http.answers import Answer, Shape, StreamWriter, json_response, whole
 from coordinator.http.auth import Gate
 from coordinator.http.bridge import Bridge, Stream
 from coordinator.http.chat import ChatShape
 from coordinator.http.completions import CompletionShape
-from coordinator.http.errors import ApiError, from_books, from_quote, from_refusal, unavailable
+from coordinator.http.errors import ApiError, bad_request, from_books, from_quote, from_refusal, unavailable
+from coordinator.http.image_address import CONTENT_TYPES, ImageAddress, read_name
+from coordinator.http.line_answers import LineAnswer, LineRequest, line_order
 from coordinator.http.metrics import CONTENT_TYPE, Metrics
 from coordinator.http.sse import DONE, KEEP_ALIVE, EventStream, event
 from coordinator.http.terms import Terms, need_cargo, read_terms
@@ -35,6 +38,7 @@ from coordinator.jobs import Accepted, Event, JobSpec, Replayed
 from coordinator.matching import declared_tokens
 from privacy.keys import cache_salt
 from protocol import limits
+from protocol.cargo_io import ImageLine
 from protocol.errors import Refused
 
 log = logging.getLogger(__name__)
@@ -76,6 +80,33 @@ class Worker(Protocol):
         ...
 
 
+class KeptLines(Protocol):
+    """Answers of lines that are kept; called on trio. Raises BooksUnavailable."""
+
+    async def kept_until(self, job_id: str) -> int:
+        """Unix milliseconds; 0: it is not kept."""
+        ...
+
+    async def kept_image(self, job_id: str, index: int) -> ImageLine | None: ...
+
+
+class AnyAnswer(Protocol):
+    """What is known of an answer under way."""
+
+    def note(self, event: Any) -> None: ...
+
+    def headers(self) -> dict[str, str]: ...
+
+
+class Writer(Protocol):
+    """Bytes of a stream from its events. ``complete``: all was written but for the mark of the end."""
+
+    @property
+    def complete(self) -> bool: ...
+
+    def feed(self, events: list[Event]) -> bytes: ...
+
+
 class Routes(Protocol):
     """More addresses of the API."""
 
@@ -89,8 +120,8 @@ class Services:
 
     ``islands()``: how many there are; ``cargos()``: name of each Cargo that is offered -> Unix time in seconds since when.
     ``more(admit)``: further addresses under /api/v1; ``admit(request, scope)`` gives the account. ``keep_s``: how long answers of chats and
-    completions are kept for requests that come again. ``job_timeout_s``: how long a job may run. ``has_books()``: whether the database
-    can be used at the moment.
+    completions are kept for requests that come again, ``keep_images_s``: pictures that have an address; 0: none has. ``lines``: None where
+    no jobs of lines can be run. ``job_timeout_s``: how long a job may run. ``has_books()``: whether the database can be used at the moment.
     """
 
     bridge: Bridge
@@ -105,6 +136,8 @@ class Services:
     body_bytes_max: int
     keep_alive_comment_s: float
     keep_s: float = 0.0
+    keep_images_s: float = 0.0
+    lines: KeptLines | None = None
     job_timeout_s: float = limits.JOB_TIMEOUT_S
     more: Callable[[Admit], Sequence[Routes]] = lambda admit: ()
     has_books: Callable[[], bool] = lambda: True
@@ -130,6 +163,9 @@ class Api:
             routes += [
                 web.post(f"{prefix}/chat/completions", self.chat),
                 web.post(f"{prefix}/completions", self.completions),
+                web.post(f"{prefix}/embeddings", self.embeddings),
+                web.post(f"{prefix}/images/generations", self.images),
+                web.get(prefix + "/images/{name}", self.image),
                 web.get(f"{prefix}/models", self.models),
                 # a model's name may hold slashes
                 web.get(prefix + "/models/{name:.+}", self.model),
@@ -183,6 +219,54 @@ class Api:
     async def completions(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(request, schema.parse_completion, CompletionShape())
 
+    async def embeddings(self, request: web.Request) -> web.StreamResponse:
+        account, raw, body = await self._read(request)
+        asked = embeddings.parse_embeddings(body)
+        order, answer = self._line_job(request, raw, body, account, asked, embeddings.KIND, self._services.keep_s)
+        answer.note_all(await self._services.bridge.call(self._services.worker.collect, order))
+        body_out = await asyncio.to_thread(embeddings.whole, answer, asked)
+        return web.Response(body=body_out, headers={"Content-Type": _JSON, **answer.headers()})
+
+    async def images(self, request: web.Request) -> web.StreamResponse:
+        account, raw, body = await self._read(request)
+        asked, services = images.parse_images(body), self._services
+        has_address = asked.response_format == images.URL
+        keep_s = services.keep_images_s if has_address else services.keep_s
+        order, answer = self._line_job(request, raw, body, account, asked, images.KIND, keep_s)
+        if has_address and not keep_s:
+            raise bad_request("response_format: no pictures are kept here; ask for b64_json", "response_format")
+        if asked.stream:
+            return await self._stream(request, order, answer, images.ImageStream(answer), images.weight_of)
+        answer.note_all(await services.bridge.call(services.worker.collect, order))
+        address = await self._image_urls(request, answer.job_id) if has_address else None
+        body_out = await asyncio.to_thread(images.whole, answer, address)
+        return web.Response(body=body_out, headers={"Content-Type": _JSON, **answer.headers()})
+
+    async def _image_urls(self, request: web.Request, job_id: str) -> Callable[[int, ImageLine], str]:
+        """The address of each picture of a job, as this client reaches us."""
+        services = self._services
+        assert services.lines is not None
+        until_ms = await services.bridge.call(services.lines.kept_until, job_id)
+        folder = f"{services.gate.scheme(request)}://{request.host}{request.path.removesuffix('generations')}"
+        return lambda index, image: folder + ImageAddress(job_id, index, until_ms).name(services.salt_secret, image.format)
+
+    async def image(self, request: web.Request) -> web.StreamResponse:
+        """A picture by its address, which is all that it takes. It is a stranger's file, so browsers are to run nothing of it."""
+        services = self._services
+        address = read_name(request.match_info["name"], services.salt_secret, time.time_ns() // 1_000_000)
+        picture = None
+        if address is not None and services.lines is not None:
+            picture = await services.bridge.call(services.lines.kept_image, address.job_id, address.index)
+        if picture is None:
+            raise ApiError(404, "there is no such picture, or its time is over", code="not_found")
+        headers = {
+            "Content-Type": CONTENT_TYPES.get(picture.format, "application/octet-stream"),
+            "Cache-Control": "no-store",
+            "Content-Security-Policy": "default-src 'none'; sandbox",
+            "X-Content-Type-Options": "nosniff",
+        }
+        return web.Response(body=await asyncio.to_thread(base64.b64decode, picture.data), headers=headers)
+
     async def models(self, request: web.Request) -> web.StreamResponse:
         await self.admit(request, "read")
         return json_response(models.model_list(await self._cargos()))
@@ -225,7 +309,8 @@ class Api:
         _CALL.get().rate = headers
         return key.account
 
-    async def _generate(self, request: web.Request, parse: Parser, shape: Shape) -> web.StreamResponse:
+    async def _read(self, request: web.Request) -> tuple[str, bytes, dict[str, Any]]:
+        """Account and body of a request that runs something. Raises ApiError."""
         account = await self.admit(request, "write")
         if self._services.draining.is_set():
             raise ApiError(
@@ -236,7 +321,24 @@ class Api:
                 headers={"Retry-After": "2"},
             )
         raw = await request.read()
-        body = schema.parse_json(raw)
+        return account, raw, schema.parse_json(raw)
+
+    def _line_job(
+        self, request: web.Request, raw: bytes, body: dict[str, Any], account: str, asked: LineRequest, kind: str, keep_s: float
+    ) -> tuple[Order, LineAnswer]:
+        """Raises ApiError."""
+        services = self._services
+        if services.lines is None:
+            raise ApiError(404, "embeddings and pictures come from a Coordinator; ask that instead of a bridge", code="not_found")
+        terms = read_terms(request, raw, body, account, services.salt_secret)
+        need_cargo(asked.model, "model")
+        order = line_order(
+            secrets.token_hex(12), kind, asked, terms, account, self._salt(account), keep_s, services.job_timeout_s
+        )
+        return order, LineAnswer(asked.model, order.spec.job_id, int(time.time()), terms.explain)
+
+    async def _generate(self, request: web.Request, parse: Parser, shape: Shape) -> web.StreamResponse:
+        account, raw, body = await self._read(request)
         api = parse(body, secrets.randbits(63))
         terms = read_terms(request, raw, body, account, self._services.salt_secret)
         need_cargo(api.model, "model")
@@ -244,16 +346,17 @@ class Api:
         order = order_of(job_id, api, terms, account, self._salt(account), shape.kind, services.keep_s, services.job_timeout_s)
         answer = Answer(api, job_id, int(time.time()), explain=terms.explain)
         if api.stream:
-            return await self._stream(request, order, answer, shape)
+            return await self._stream(request, order, answer, StreamWriter(answer, shape))
         events = await self._services.bridge.call(self._services.worker.collect, order)
         body_out = whole(answer, shape, events)
         return web.Response(body=body_out, headers={"Content-Type": _JSON, **answer.headers()})
 
-    async def _stream(self, request: web.Request, order: Order, answer: Answer, shape: Shape) -> web.StreamResponse:
+    async def _stream(
+        self, request: web.Request, order: Order, answer: AnyAnswer, writer: Writer, weigh: Callable[[Event], int] | None = None
+    ) -> web.StreamResponse:
         """Waits for the first words before it sends headers: until then an error has a status, and the Island may be another."""
         worker = self._services.worker
-        stream: Stream[Event] = self._services.bridge.stream(lambda send: worker.run(order, send))
-        writer = StreamWriter(answer, shape)
+        stream: Stream[Event] = self._services.bridge.stream(lambda send: worker.run(order, send), weigh)
         try:
             events = await _opening(stream)
             for said in (event for event in events if isinstance(event, Replayed)):
@@ -296,7 +399,7 @@ async def _opening(stream: Stream[Event]) -> list[Event]:
     return events
 
 
-async def _pump(stream: Stream[Event], events: list[Event], writer: StreamWriter, output: EventStream) -> None:
+async def _pump(stream: Stream[Event], events: list[Event], writer: Writer, output: EventStream) -> None:
     """Writes events until the job has ended. An error is told in the stream, since its headers have gone out already."""
     while True:
         data = writer.feed(events)

@@ -198,6 +198,11 @@ class Gate:
             remote = hop
         return remote
 
+    def scheme(self, request: web.Request) -> str:
+        """http or https, as the client sees it: a trusted proxy that does TLS says so."""
+        told = request.headers.get("X-Forwarded-Proto", "") if self._proxies and self._trusted(request.remote or "") else ""
+        return "https" if request.secure or told.strip().lower() == "https" else "http"
+
     def _trusted(self, address: str) -> bool:
         try:
             parsed = ipaddress.ip_address(address)

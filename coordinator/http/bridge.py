@@ -48,9 +48,12 @@ class Bridge:
         crossing.start(lambda: function(*arguments))
         return await crossing.result()
 
-    def stream(self, producer: Callable[[Callable[[T], Awaitable[None]]], Awaitable[None]]) -> Stream[T]:
-        """asyncio: starts ``producer(send)`` in trio; what it sends can be taken here."""
-        stream: Stream[T] = Stream(self, asyncio.get_running_loop())
+    def stream(
+        self, producer: Callable[[Callable[[T], Awaitable[None]]], Awaitable[None]], weigh: Callable[[T], int] | None = None
+    ) -> Stream[T]:
+        """asyncio: starts ``producer(send)`` in trio; what it sends can be taken here. ``weigh``: how much of the room for
+        RESPONSE_BUFFER_EVENTS_MAX items one takes, where they differ much."""
+        stream: Stream[T] = Stream(self, asyncio.get_running_loop(), weigh)
         stream.start(lambda: producer(stream.send))
         return stream
 
@@ -135,8 +138,9 @@ class _Crossing(Generic[T]):
 class Stream(Generic[T]):
     """What a trio task sends, taken in bursts on the asyncio side. Always close it: ``aclose`` ends the task."""
 
-    def __init__(self, bridge: Bridge, loop: asyncio.AbstractEventLoop) -> None:
-        self._bridge, self._loop = bridge, loop
+    def __init__(self, bridge: Bridge, loop: asyncio.AbstractEventLoop, weigh: Callable[[T], int] | None) -> None:
+        self._bridge, self._loop, self._weigh = bridge, loop, weigh
+        self._weight = 0
         self._crossing: _Crossing[None] = _Crossing(bridge, loop)
         self._lock = threading.Lock()
         self._items: list[T] = []
@@ -152,14 +156,16 @@ class Stream(Generic[T]):
 
     async def send(self, item: T) -> None:
         """trio: waits while the reader is ``RESPONSE_BUFFER_EVENTS_MAX`` items behind."""
+        weight = self._weigh(item) if self._weigh is not None else 1
         while True:
             with self._lock:
-                full = len(self._items) >= limits.RESPONSE_BUFFER_EVENTS_MAX
+                full = self._weight >= limits.RESPONSE_BUFFER_EVENTS_MAX
                 if full:
                     self._room = trio.Event()
                     room = self._room
                 else:
                     self._items.append(item)
+                    self._weight += weight
                     wake, self._signalled = not self._signalled, True
             if not full:
                 break
@@ -175,7 +181,7 @@ class Stream(Generic[T]):
             self._ready.clear()
         self._nudged = False
         with self._lock:
-            items, self._items = self._items, []
+            items, self._items, self._weight = self._items, [], 0
             self._signalled = False
             room, self._room = self._room, None
         if room is not None:

@@ -52,6 +52,7 @@ def unsupported(param: str, why: str = "is not supported here") -> ApiError:
 _STATUS: dict[Code, tuple[int, str, str, str | None]] = {
     # code -> status, type, code for the client, param
     Code.BAD_INPUT: (400, "invalid_request_error", "invalid_value", None),
+    Code.NO_TOOLS: (400, "invalid_request_error", "tools_not_supported", "tools"),
     Code.CONTEXT_LENGTH: (400, "invalid_request_error", "context_length_exceeded", "messages"),
     Code.UNKNOWN_CARGO: (404, "invalid_request_error", "model_not_found", "model"),
     Code.NO_CAPACITY: (503, "server_error", "no_capacity", None),
@@ -63,6 +64,7 @@ _STATUS: dict[Code, tuple[int, str, str, str | None]] = {
     Code.LEASE_LOST: (502, "server_error", "lease_lost", None),
     Code.UNSIGNED: (502, "server_error", "unsigned", None),
     Code.BAD_TICKET: (502, "server_error", "bad_ticket", None),
+    Code.CARGO_FAILED: (422, "invalid_request_error", "cargo_failed", None),
     Code.TIMEOUT: (504, "server_error", "timeout", None),
     Code.INTERNAL: (500, "server_error", "internal_error", None),
 }

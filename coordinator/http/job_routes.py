@@ -11,21 +11,21 @@ from typing import Any
 from aiohttp import web
 
 from coordinator.books import job_queries
-from coordinator.books.jobs import ENDED, Job, JobState
+from coordinator.books.errors import BooksRefused, BooksUnavailable
+from coordinator.books.jobs import Job, JobState
 from coordinator.desk import Order
-from coordinator.exchange.bids import Work
 from coordinator.http import schema
-from coordinator.http.answers import json_response, to_json
-from coordinator.http.bridge import Bridge, Stopped
-from coordinator.http.errors import ApiError, bad_request
-from coordinator.http.sse import HEADERS, KEEP_ALIVE
-from coordinator.http.terms import Terms, need_cargo, read_terms
-from coordinator.job_board import JobBoard, JobEvent
-from coordinator.jobs import JobSpec, Text
-from coordinator.matching import declared_tokens
+from coordinator.http.answers import json_response
+from coordinator.http.bridge import Bridge, Stopped, Stream
+from coordinator.http.errors import ApiError, bad_request, from_books, from_refusal, unavailable
+from coordinator.http.job_events import failed, output_json, sse, weight_of
+from coordinator.http.job_input import Asked, job_order, lines_asked, read_body, text_asked, wants_text
+from coordinator.http.sse import HEADERS, KEEP_ALIVE, EventStream
+from coordinator.http.terms import read_flag, read_terms
+from coordinator.job_board import JobBoard, JobEvent, StateChange
 from coordinator.statement import time_text
 from protocol import limits
-from protocol.generation import GENERATION, GenerationRequest
+from protocol.errors import Refused
 from protocol.prices import format_credits
 
 Admit = Callable[[web.Request, str], Awaitable[str]]
@@ -33,14 +33,13 @@ WhyWaiting = Callable[[Mapping[str, str]], Mapping[str, str]]
 
 _LIST_DEFAULT = 20
 _OFFSET_MAX = 1_000_000_000
-_KIND = "job"
-PATIENCE_SHARE = 0.95
 
 
 class JobRoutes:
     """``salt(account)`` is the account's cache salt; ``secret`` keys fingerprints; ``keep_s`` is how long results are kept.
 
-    ``why_waiting(jobs)`` says of those that wait here (id -> Cargo) for what; it belongs to trio.
+    ``writes_text(cargo)``: whether it does, None where nobody knows; ``why_waiting(jobs)`` says of those that wait here (id -> Cargo) for
+    what; both belong to trio.
     """
 
     def __init__(
@@ -49,6 +48,7 @@ class JobRoutes:
         bridge: Bridge,
         board: JobBoard,
         salt: Callable[[str], bytes],
+        writes_text: Callable[[str], bool | None],
         secret: bytes,
         keep_s: float,
         job_timeout_s: float,
@@ -58,7 +58,7 @@ class JobRoutes:
     ) -> None:
         self._admit, self._bridge, self._board, self._salt, self._secret = admit, bridge, board, salt, secret
         self._keep_s, self._job_timeout_s, self._keep_alive_s, self._draining = keep_s, job_timeout_s, keep_alive_s, draining
-        self._why_waiting = why_waiting
+        self._why_waiting, self._writes_text = why_waiting, writes_text
 
     def routes(self, prefix: str) -> list[web.AbstractRouteDef]:
         jobs, one = f"{prefix}/jobs", prefix + "/jobs/{id}"
@@ -79,17 +79,38 @@ class JobRoutes:
             raise ApiError(503, "the Coordinator is shutting down", code="draining", kind="server_error", headers={"Retry-After": "2"})
         raw = await request.read()
         body = schema.parse_json(raw)
-        cargo, generation = parse_job(body)
+        cargo, given = read_body(body)
         terms = read_terms(request, raw, body, account, self._secret)
+        asked = await self._asked(cargo, given)
+        salt, is_streamed = self._salt(account), read_flag(body.get("stream"), "stream")
         order = job_order(
-            secrets.token_hex(12), cargo, generation, terms, account, self._salt(account), self._keep_s, self._job_timeout_s
+            secrets.token_hex(12), cargo, asked, terms, account, salt, self._keep_s, self._job_timeout_s, is_streamed
         )
+        if is_streamed:
+            return await self._stream_now(request, order)
         job = await self._bridge.call(self._board.submit, order)
         headers = {"Location": f"/api/v1/jobs/{job.id}", "x-archipelag-job": job.id}
         if job.id != order.spec.job_id:
             headers["x-archipelag-replayed"] = "true"
         (shown,) = await self._shown(job)
         return json_response(shown, status=201, headers=headers)
+
+    async def _asked(self, cargo: str, given: dict[str, Any]) -> Asked:
+        async def look() -> bool | None:
+            return self._writes_text(cargo)
+
+        return text_asked(cargo, given) if wants_text(given, await self._bridge.call(look)) else lines_asked(given)
+
+    async def _stream_now(self, request: web.Request, order: Order) -> web.StreamResponse:
+        """The job's events in the answer itself. A client that does not read holds the Cargo up; one that hangs up ends the job."""
+        events: Stream[JobEvent] = self._bridge.stream(lambda send: self._board.run_now(order, send), weight_of)
+        try:
+            said = await _first_words(events)
+            async with EventStream(request, {"x-archipelag-job": order.spec.job_id}, self._keep_alive_s, events.nudge) as output:
+                await _pump(events, said, output)
+            return output.response
+        finally:
+            events.close()
 
     async def list(self, request: web.Request) -> web.StreamResponse:
         account = await self._admit(request, "read")
@@ -134,10 +155,10 @@ class JobRoutes:
         job = await self._find(request)
         if job.holder:
             raise ApiError(404, "this job's answer went straight from its Island to its bridge; it was never here", code="output_not_here")
-        text = await self._bridge.call(self._board.answer, job)
-        if job.state is JobState.SUCCEEDED and text is None:
+        said = await self._bridge.call(self._board.answer, job)
+        if job.state is JobState.SUCCEEDED and said is None:
             raise ApiError(410, "the output of this job is not kept any more", code="output_expired")
-        output = {"text": text, "usage": _usage(job)} if text is not None else None
+        output = output_json(said, _usage(job)) if said is not None else None
         return json_response({"job_id": job.id, "state": job.state.value, "output": output, "completed": job.ended, "error": _error(job)})
 
     async def placement(self, request: web.Request) -> web.StreamResponse:
@@ -163,7 +184,7 @@ class JobRoutes:
             async for said in self._board.watch(job.id, account):
                 await send(said)
 
-        events = self._bridge.stream(watch)
+        events = self._bridge.stream(watch, weight_of)
         response = web.StreamResponse(headers={**HEADERS, "x-archipelag-job": job.id})
         try:
             await response.prepare(request)
@@ -186,69 +207,42 @@ class JobRoutes:
         return await self._bridge.call(self._board.find, _id(request), account)
 
 
-def parse_job(body: dict[str, Any]) -> tuple[str, GenerationRequest]:
-    """Cargo and input of ``POST /api/v1/jobs``. ``workload`` means the same as ``cargo``. Raises ApiError 400."""
-    cargo, given = body.get("cargo"), body.get("input")
-    cargo = body.get("workload") if cargo is None else cargo
-    if not isinstance(cargo, str) or not cargo:
-        raise bad_request("you must provide cargo, the name of what is to run", "cargo", "missing_required_parameter")
-    if not isinstance(given, dict):
-        raise bad_request("you must provide input, an object with messages or prompt", "input", "missing_required_parameter")
-    need_cargo(cargo, "cargo")
-    if _json_bytes(given) > limits.JOB_INPUT_JSON_BYTES_MAX:
-        raise bad_request(f"input is over {limits.JOB_INPUT_JSON_BYTES_MAX} bytes", "input", "input_too_large")
-    if given.get("messages") is not None and given.get("prompt") is not None:
-        raise bad_request("input takes messages or prompt, not both", "input")
-    inner = {name: value for name, value in given.items() if name not in ("stream", "stream_options", "model")}
-    parse = schema.parse_chat if given.get("messages") is not None else schema.parse_completion
-    api = parse({**inner, "model": cargo}, secrets.randbits(63))
-    if len(api.choices) != 1:
-        raise bad_request("a job has one prompt and one answer: leave n at 1", "input")
-    return cargo, api.choices[0]
-
-
-def _json_bytes(given: dict[str, Any]) -> int:
-    """Size of an input as compact JSON. JSON may hold half a surrogate pair, which has no UTF-8; what is wrong with it is said later."""
+async def _first_words(events: Stream[JobEvent]) -> list[JobEvent]:
+    """Events up to the first that says more than that an Island has the job, so that until then an error has a status; after HEADERS_WAIT_S
+    what there is."""
+    said: list[JobEvent] = []
+    timer = asyncio.get_running_loop().call_later(limits.HEADERS_WAIT_S, events.nudge)
     try:
-        return len(json.dumps(given, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass"))
-    except RecursionError:
-        raise bad_request("input is nested too deeply", "input") from None
+        while all(isinstance(event, StateChange) for event in said) and not events.ended:
+            more = await events.take()
+            if not more:
+                break
+            said += more
+    finally:
+        timer.cancel()
+    return said
 
 
-def job_order(
-    job_id: str,
-    cargo: str,
-    generation: GenerationRequest,
-    terms: Terms,
-    account: str,
-    salt: bytes,
-    keep_s: float,
-    job_timeout_s: float,
-) -> Order:
-    """A submitted job as the desk takes it: it waits for an Island nearly as long as it may run, so that it can say what it waited for."""
-    spec = JobSpec(
-        job_id,
-        cargo,
-        salt,
-        (generation,),
-        account=account,
-        policy=terms.policy,
-        priority=terms.priority,
-        patience_s=PATIENCE_SHARE * job_timeout_s,
-    )
-    return Order(
-        spec=spec,
-        work=Work(declared_tokens(generation.input_chars, 0), generation.max_tokens, job_s_max=job_timeout_s),
-        kind=_KIND,
-        bid_micros=terms.bid_micros,
-        quote_id=terms.quote_id,
-        policy_text=terms.policy_text,
-        keep_s=keep_s,
-        idempotency_key=terms.idempotency_key,
-        fingerprint=terms.fingerprint,
-        is_retry=terms.is_retry,
-        input=GENERATION.encode(generation),
-    )
+async def _pump(events: Stream[JobEvent], said: Sequence[JobEvent], output: EventStream) -> None:
+    """Writes what comes to the end of the job. An error is told in the stream, since its headers have gone out already."""
+    while True:
+        if data := b"".join(map(sse, said)):
+            await output.write(data)
+        if events.ended:
+            return
+        try:
+            said = await events.take()
+            if not said and not events.ended:
+                await output.write(KEEP_ALIVE)
+        except Refused as refusal:
+            await output.write(failed(from_refusal(refusal)))
+            return
+        except BooksRefused as refused:
+            await output.write(failed(from_books(refused)))
+            return
+        except BooksUnavailable as error:
+            await output.write(failed(unavailable(str(error))))
+            return
 
 
 def job_json(job: Job, refunded_micros: int, waiting_for: str | None) -> dict[str, Any]:
@@ -276,20 +270,6 @@ def job_json(job: Job, refunded_micros: int, waiting_for: str | None) -> dict[st
         "completed_at": _time(job.finished_at_ms),
         "output_until": _time(job.result_expires_at_ms),
     }
-
-
-def sse(said: JobEvent) -> bytes:
-    """One event of a job's stream; ``type`` says again what ``event`` does, for clients that only read data."""
-    if isinstance(said, Text):
-        return _event("chunk", content=said.text)
-    if said.state is JobState.FAILED:
-        error = {"code": said.error_code, "message": said.error_message}
-        return _event("error", state=said.state.value, error=error)
-    return _event("complete" if said.state in ENDED else "state", state=said.state.value)
-
-
-def _event(name: str, **fields: object) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (name.encode(), to_json({"type": name, **fields}))
 
 
 def _usage(job: Job) -> dict[str, Any]:

@@ -124,7 +124,12 @@ class MarketRoutes:
         """What a request would cost at most, and where it would run: the request's own body, or ``max_tokens`` and ``prompt_tokens``."""
         account = await self._admit(request, "write")
         body = schema.parse_json(await request.read())
-        cargo, work = quoted_work(body, self._job_timeout_s)
+
+        async def gives_lines(name: str) -> bool:
+            return self._market.gives_lines(name)
+
+        cargo = quoted_cargo(body)
+        work = quoted_work(cargo, body, self._job_timeout_s, await self._bridge.call(gives_lines, cargo))
         try:
             explicit = parsing.parse_bid(body["bid_price"]) if body.get("bid_price") is not None else None
         except ValueError as error:
@@ -151,21 +156,29 @@ def _field_of(message: str, body: Mapping[str, Any]) -> str | None:
     return other if other and body.get(name) is None and body.get(other) is not None else name
 
 
-def quoted_work(body: dict[str, Any], job_timeout_s: float) -> tuple[str, Work]:
-    """Cargo and size of a request that is to be quoted. Raises ApiError 400."""
+def quoted_cargo(body: dict[str, Any]) -> str:
+    """Of a request that is to be quoted. Raises ApiError 400 or 404."""
     cargo = body.get("model") if body.get("cargo") is None else body["cargo"]
     if not isinstance(cargo, str) or not cargo:
         raise bad_request("you must provide cargo, the name of what is to run", "cargo", "missing_required_parameter")
     need_cargo(cargo, "cargo")
+    return cargo
+
+
+def quoted_work(cargo: str, body: dict[str, Any], job_timeout_s: float, gives_lines: bool) -> Work:
+    """Size of a request that is to be quoted: of a chat, a completion, or, where the Cargo ``gives_lines`` or ``input`` is what embeddings
+    take, of a job whose size nobody knows beforehand. Raises ApiError 400."""
+    if gives_lines or isinstance(body.get("input"), str | list):
+        return Work(0, limits.COMPLETION_TOKENS_MAX, job_s_max=job_timeout_s)
     inner = body["input"] if isinstance(body.get("input"), dict) else body
     if inner.get("messages") is None and inner.get("prompt") is None:
         output = _count(inner.get("max_tokens"), "max_tokens", 1, limits.COMPLETION_TOKENS_MAX, limits.COMPLETION_TOKENS_DEFAULT)
-        return cargo, Work(_count(inner.get("prompt_tokens"), "prompt_tokens", 0, 2**31, 0), output, job_s_max=job_timeout_s)
+        return Work(_count(inner.get("prompt_tokens"), "prompt_tokens", 0, 2**31, 0), output, job_s_max=job_timeout_s)
     parse = schema.parse_chat if inner.get("messages") is not None else schema.parse_completion
     plain = {name: value for name, value in inner.items() if name not in ("stream", "stream_options")}
     api = parse({**plain, "model": cargo}, secrets.randbits(63))
     prompt_tokens = max(declared_tokens(choice.input_chars, 0) for choice in api.choices)
-    return cargo, Work(prompt_tokens, max(choice.max_tokens for choice in api.choices), len(api.choices), job_timeout_s)
+    return Work(prompt_tokens, max(choice.max_tokens for choice in api.choices), len(api.choices), job_timeout_s)
 
 
 def _count(value: object, name: str, low: int, high: int, default: int) -> int:

@@ -1,19 +1,20 @@
 """OpenAI's request bodies, checked field by field, turned into what Islands are asked to do.
 
 Every complaint names its parameter. Parameters that do not change the answer are accepted and ignored; those that would change its
-meaning and that we cannot honour are refused (``unsupported_parameter``), so that nobody believes that a tool was offered when it was not.
+meaning and that we cannot honour are refused (``unsupported_parameter``), so that nobody believes that they were honoured.
 Names that OpenAI does not know are ignored, since many clients send extras.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+from coordinator.http import tools
 from coordinator.http.errors import bad_request, unsupported
+from coordinator.http.fields import Fields, number_of, text_of, wrong_type
 from protocol import limits
 from protocol.generation import ChatMessage, GenerationRequest, OutputFormat, Role, Sampling
 from protocol.prices import WrittenNumber
@@ -25,7 +26,7 @@ _ROLES = {
     "assistant": Role.ASSISTANT,
     "tool": Role.TOOL,
 }
-_NO_TOOLS = (None, "none", "auto")  # a tool_choice that asks for nothing
+_NO_TOOLS = (None, "none", "auto")  # a function_call that asks for nothing
 _SCHEMA_NAME_CHARS_MAX = 64
 _LOGPROBS_COMPLETIONS_MAX = 5  # OpenAI's limit for /v1/completions
 _INT64 = 2**63
@@ -70,6 +71,9 @@ def parse_chat(body: Mapping[str, Any], seed: int) -> ApiRequest:
     if top is not None and not logprobs:
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
     output_format, schema = _response_format(fields.get("response_format"))
+    tool_fields = tools.tools_of(fields)
+    if tool_fields and output_format is not OutputFormat.TEXT:
+        raise unsupported("response_format", "together with tools is not supported here; leave one of them out")
     base = GenerationRequest(
         messages=_messages(fields.get("messages")),
         max_tokens=_max_tokens(fields, "max_completion_tokens", "max_tokens"),
@@ -78,6 +82,7 @@ def parse_chat(body: Mapping[str, Any], seed: int) -> ApiRequest:
         top_logprobs=(top or 0) if logprobs else -1,
         output_format=output_format,
         schema=schema,
+        **tool_fields,
     )
     n = fields.integer("n", 1, limits.CHOICES_MAX) or 1
     stream, include_usage = _stream(fields)
@@ -133,86 +138,11 @@ def _choices(bases: list[GenerationRequest], n: int) -> tuple[GenerationRequest,
     return tuple(found)
 
 
-class Fields:
-    """Typed access to a body; null counts as absent, as it does at OpenAI."""
-
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        self._body = body
-
-    def get(self, name: str) -> Any:
-        return self._body.get(name)
-
-    def text(self, name: str, limit: int, required: bool = False) -> str:
-        value = self._body.get(name)
-        if value is None and not required:
-            return ""
-        if value is None or value == "":
-            raise bad_request(f"you must provide {name}", name, "missing_required_parameter")
-        return _text(value, name, limit)
-
-    def flag(self, name: str) -> bool:
-        value = self._body.get(name)
-        if value is None:
-            return False
-        if type(value) is not bool:
-            raise _wrong_type(name, "a boolean", value)
-        return value
-
-    def integer(self, name: str, low: int, high: int) -> int | None:
-        value = self._body.get(name)
-        if value is None:
-            return None
-        if type(value) is not int:
-            raise _wrong_type(name, "an integer", value)
-        _within(value, name, low, high)
-        return value
-
-    def number(self, name: str, low: float, high: float, default: float) -> float:
-        value = self._body.get(name)
-        return default if value is None else _number(value, name, low, high)
-
-
-def _wrong_type(param: str, expected: str, value: object) -> Exception:
-    kinds = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-    got = kinds.get(type(value), "a number")
-    return bad_request(f"{param} must be {expected}, not {got}", param, "invalid_type")
-
-
-def _within(value: float, param: str, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise bad_request(f"{param} must be between {low} and {high}", param)
-
-
-def _number(value: object, param: str, low: float, high: float) -> float:
-    """A finite number. An int that is too large for a float fails the comparison, not the conversion."""
-    if not isinstance(value, float) and type(value) is not int:
-        raise _wrong_type(param, "a number", value)
-    if isinstance(value, float) and not math.isfinite(value):  # 1e999 reads as infinity
-        raise bad_request(f"{param} must be a finite number", param)
-    _within(value, param, low, high)
-    return float(value)
-
-
-def _text(value: object, param: str, limit: int) -> str:
-    """A string that can be encoded: JSON allows lone surrogates, UTF-8 does not."""
-    if not isinstance(value, str):
-        raise _wrong_type(param, "a string", value)
-    if len(value) > limit:
-        raise bad_request(
-            f"{param} has {len(value)} characters; the limit is {limit}", param, "string_above_max_length"
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise bad_request(f"{param} holds half of a surrogate pair", param) from None
-    return value
-
-
 def _messages(value: object) -> tuple[ChatMessage, ...]:
     if value is None:
         raise bad_request("you must provide messages", "messages", "missing_required_parameter")
     if not isinstance(value, list):
-        raise _wrong_type("messages", "an array", value)
+        raise wrong_type("messages", "an array", value)
     if not value:
         raise bad_request("messages must hold at least one message", "messages", "empty_array")
     if len(value) > limits.MESSAGES_MAX:
@@ -223,36 +153,41 @@ def _messages(value: object) -> tuple[ChatMessage, ...]:
 
 def _message(value: object, where: str) -> ChatMessage:
     if not isinstance(value, dict):
-        raise _wrong_type(where, "an object", value)
+        raise wrong_type(where, "an object", value)
     role = value.get("role")
     known = _ROLES.get(role) if isinstance(role, str) else None
     if known is None:
         raise bad_request(f"{where}.role must be one of {', '.join(_ROLES)}", f"{where}.role")
-    for field in ("tool_calls", "function_call", "audio"):
+    for field in ("function_call", "audio"):
         if value.get(field):
             raise unsupported(f"{where}.{field}")
     name = value.get("name")
-    checked = "" if name is None else _text(name, f"{where}.name", limits.NAME_CHARS_MAX)
-    return ChatMessage(known, _content(value.get("content"), known, f"{where}.content"), checked)
+    checked = "" if name is None else text_of(name, f"{where}.name", limits.NAME_CHARS_MAX)
+    content = _content(value.get("content"), known, f"{where}.content")
+    calls = tools.calls_of(value.get("tool_calls"), f"{where}.tool_calls", limits.MESSAGE_CHARS_MAX - len(content))
+    if calls and known is not Role.ASSISTANT:
+        raise bad_request(f"{where}.tool_calls: only an assistant calls tools", f"{where}.tool_calls")
+    answers = tools.call_id(value, "tool_call_id", where) if known is Role.TOOL else ""
+    return ChatMessage(known, content, checked, calls, answers)
 
 
 def _content(value: object, role: Role, where: str) -> str:
     if value is None and role is Role.ASSISTANT:
         return ""
     if not isinstance(value, list):
-        return _text(value, where, limits.MESSAGE_CHARS_MAX)
+        return text_of(value, where, limits.MESSAGE_CHARS_MAX)
     if not value:
         raise bad_request(f"{where} must hold at least one part", where, "empty_array")
     texts = [_part(part, f"{where}[{index}]") for index, part in enumerate(value)]
-    return _text("\n".join(texts), where, limits.MESSAGE_CHARS_MAX)
+    return text_of("\n".join(texts), where, limits.MESSAGE_CHARS_MAX)
 
 
 def _part(value: object, where: str) -> str:
     if not isinstance(value, dict):
-        raise _wrong_type(where, "an object", value)
+        raise wrong_type(where, "an object", value)
     kind = value.get("type")
     if kind == "text" or kind == "refusal":
-        return _text(value.get(kind), f"{where}.{kind}", limits.MESSAGE_CHARS_MAX)
+        return text_of(value.get(kind), f"{where}.{kind}", limits.MESSAGE_CHARS_MAX)
     if isinstance(kind, str) and kind:
         raise unsupported(f"{where}.type", f"{kind[:40]!r} is not supported here; this model reads text")
     raise bad_request(f"{where}.type must be 'text'", f"{where}.type")
@@ -264,7 +199,7 @@ def _prompts(value: object) -> list[str]:
     if isinstance(value, str):
         return [_prompt(value, "prompt")]
     if not isinstance(value, list):
-        raise _wrong_type("prompt", "a string or an array of strings", value)
+        raise wrong_type("prompt", "a string or an array of strings", value)
     if not value:
         raise bad_request("prompt must hold at least one prompt", "prompt", "empty_array")
     if any(type(entry) in (int, list) for entry in value):
@@ -276,7 +211,7 @@ def _prompts(value: object) -> list[str]:
 
 
 def _prompt(value: object, where: str) -> str:
-    return _text(value, where, limits.MESSAGE_CHARS_MAX)
+    return text_of(value, where, limits.MESSAGE_CHARS_MAX)
 
 
 def _max_tokens(fields: Fields, *names: str) -> int:
@@ -306,14 +241,14 @@ def _logit_bias(value: object) -> tuple[tuple[int, float], ...]:
     if value is None:
         return ()
     if not isinstance(value, dict):
-        raise _wrong_type("logit_bias", "an object", value)
+        raise wrong_type("logit_bias", "an object", value)
     if len(value) > limits.LOGIT_BIAS_ENTRIES_MAX:
         raise bad_request(f"logit_bias may have at most {limits.LOGIT_BIAS_ENTRIES_MAX} entries", "logit_bias")
     found: dict[int, float] = {}
     for token, bias in value.items():
         if not (token.isascii() and token.isdigit() and len(token) <= 10 and int(token) < 2**31):
             raise bad_request("the keys of logit_bias are token ids", "logit_bias")
-        found[int(token)] = _number(bias, "logit_bias", -limits.LOGIT_BIAS_ABS_MAX, limits.LOGIT_BIAS_ABS_MAX)
+        found[int(token)] = number_of(bias, "logit_bias", -limits.LOGIT_BIAS_ABS_MAX, limits.LOGIT_BIAS_ABS_MAX)
     return tuple(sorted(found.items()))
 
 
@@ -323,7 +258,7 @@ def _stop(value: object) -> tuple[str, ...]:
     entries = value if isinstance(value, list) else [value]
     if len(entries) > limits.STOP_STRINGS_MAX:
         raise bad_request(f"stop may hold at most {limits.STOP_STRINGS_MAX} strings", "stop", "array_above_max_length")
-    texts = [_text(entry, "stop", limits.STOP_STRING_CHARS_MAX) for entry in entries]
+    texts = [text_of(entry, "stop", limits.STOP_STRING_CHARS_MAX) for entry in entries]
     if not all(texts):
         raise bad_request("a stop string must not be empty", "stop")
     return tuple(texts)
@@ -334,12 +269,12 @@ def _stream(fields: Fields) -> tuple[bool, bool]:
     if options is None:
         return stream, False
     if not isinstance(options, dict):
-        raise _wrong_type("stream_options", "an object", options)
+        raise wrong_type("stream_options", "an object", options)
     if not stream:
         raise bad_request("stream_options needs stream to be true", "stream_options")
     include = options.get("include_usage")
     if include is not None and type(include) is not bool:
-        raise _wrong_type("stream_options.include_usage", "a boolean", include)
+        raise wrong_type("stream_options.include_usage", "a boolean", include)
     return stream, bool(include)
 
 
@@ -347,7 +282,7 @@ def _response_format(value: object) -> tuple[OutputFormat, str]:
     if value is None:
         return OutputFormat.TEXT, ""
     if not isinstance(value, dict):
-        raise _wrong_type("response_format", "an object", value)
+        raise wrong_type("response_format", "an object", value)
     kind = value.get("type")
     if kind == "text":
         return OutputFormat.TEXT, ""
@@ -361,7 +296,7 @@ def _response_format(value: object) -> tuple[OutputFormat, str]:
 def _schema(value: object, where: str) -> str:
     """The schema as text. Whether it is a schema that can be followed is for the Island's grammar compiler to say."""
     if not isinstance(value, dict):
-        raise _wrong_type(where, "an object", value)
+        raise wrong_type(where, "an object", value)
     name = value.get("name")
     if not isinstance(name, str) or not name:
         raise bad_request(f"{where}.name must be a string", f"{where}.name", "missing_required_parameter")
@@ -375,7 +310,7 @@ def _schema(value: object, where: str) -> str:
         )
     strict = value.get("strict")
     if strict is not None and type(strict) is not bool:
-        raise _wrong_type(f"{where}.strict", "a boolean", strict)
+        raise wrong_type(f"{where}.strict", "a boolean", strict)
     schema = value.get("schema")
     if not isinstance(schema, dict):
         raise bad_request(
@@ -388,11 +323,12 @@ def _schema(value: object, where: str) -> str:
 
 
 def _refuse_unsupported(body: Mapping[str, Any]) -> None:
-    for name in ("tools", "functions", "audio", "web_search_options"):
+    if body.get("functions"):
+        raise unsupported("functions", "is not supported here; use tools")
+    if body.get("function_call") not in _NO_TOOLS:
+        raise unsupported("function_call", "is not supported here; use tool_choice")
+    for name in ("audio", "web_search_options"):
         if body.get(name):
-            raise unsupported(name)
-    for name in ("tool_choice", "function_call"):
-        if body.get(name) not in _NO_TOOLS:
             raise unsupported(name)
     modalities = body.get("modalities")
     if modalities is not None and modalities != ["text"]:

@@ -52,7 +52,7 @@ def read_terms(request: web.Request, raw: bytes, body: Mapping[str, Any], accoun
         policy=policy,
         policy_text=policy_text,
         quote_id=quote_id,
-        explain=_flag(body.get("explain"), "explain"),
+        explain=read_flag(body.get("explain"), "explain"),
         idempotency_key=_idempotency_key(request.headers.get("Idempotency-Key", "")),
         fingerprint=_fingerprint(secret, account, request.path, raw),
         is_retry=_is_retry(request.headers.get(RETRY_HEADER, "")),
@@ -106,7 +106,8 @@ def _quote(value: object) -> str:
     return value
 
 
-def _flag(value: object, name: str) -> bool:
+def read_flag(value: object, name: str) -> bool:
+    """False where there is none. Raises ApiError 400."""
     if value is not None and type(value) is not bool:
         raise bad_request(f"{name} must be a boolean", name, "invalid_type")
     return bool(value)

@@ -1,15 +1,23 @@
-"""Make Cargos ready for the network.
+"""Make Cargos, publish them, and take them back.
 
   cargo new NAME       a folder with a cargo.toml, which says what a Cargo is
   cargo build FOLDER   hash its files and write the manifest
   cargo sign FOLDER    sign the manifest with your publisher's key
   cargo verify FILE    check who signed a .cargo file, and that the files are those that it names
   cargo show FILE      what it says
+  cargo run WHAT       run a Cargo here, in the sandbox of an Island, with no network
+  cargo publish FILE   publish a .cargo file at a Coordinator
+  cargo revoke WHAT    take a Cargo off the network, for good
+  cargo list           which Cargos there are
+  cargo review WHAT    the operator's word on a Cargo that was published
+  cargo level ACCOUNT  the operator's word on how much an account may publish
   cargo shard MODEL    cut a model into files of some layers each, so that several Islands can compute it together
 
 examples:
   archipelag-node cargo new text-stats && archipelag-node cargo build text-stats && archipelag-node cargo sign text-stats
   archipelag-node cargo verify text-stats/text-stats-0.1.0.cargo --folder text-stats
+  archipelag-node cargo publish text-stats/text-stats-0.1.0.cargo --coordinator URL
+  archipelag-node cargo revoke text-stats@0.1.0 --reason "it leaks" --coordinator URL
   archipelag-node cargo shard smollm2-135m --shards 2
   archipelag-node cargo shard --help
 """
@@ -26,6 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from node.commands import cargo_publish, cargo_run
 from node.commands.cargo_sign import add_actions
 from node.commands.common import checked
 from node.settings import defaults, settle
@@ -36,7 +45,7 @@ from protocol.shards import LayerRange, ShardManifest, manifest_to_json
 if TYPE_CHECKING:
     from runtimes.store import StoredModel
 
-HELP = "make Cargos ready: pack and sign them, cut a model into shards"
+HELP = "make, publish and revoke Cargos, cut a model into shards"
 _SHARDS_MIN = 2
 
 _SHARD_HELP = """\
@@ -69,6 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return made
 
     add_actions(add)
+    cargo_run.add_action(add)
+    cargo_publish.add_actions(add)
     shard = actions.add_parser(
         "shard",
         help="cut a model into files of some layers each",

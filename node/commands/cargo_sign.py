@@ -22,7 +22,7 @@ Make a folder NAME with a cargo.toml that says what a Cargo is: its runtime, its
 files beside it, then: cargo build NAME, cargo sign NAME."""
 _BUILD = """\
 Read FOLDER/cargo.toml, hash the files that it names, and write NAME-RELEASE.manifest into the folder: the bytes that are signed. Files
-that are not in the folder need sources, sha256 and size_bytes."""
+that are not in the folder need sources, sha256, size_bytes and, over 1 MiB, root."""
 _SIGN = """\
 Sign FOLDER/NAME-RELEASE.manifest, which `cargo build` wrote, as NAME-RELEASE.cargo. The key is publisher.key in the data folder, made on
 first use: whoever has it publishes in your name, so keep a copy in a safe place."""
@@ -179,6 +179,7 @@ def _rows(manifest: Any) -> list[tuple[str, str]]:
         rows.insert(1, ("", manifest.description))
     for file in manifest.files:
         rows.append(("file", f"{file.path}  {file.size_bytes:,} bytes  {file.sha256}"))
+        rows += [("", f"  root {file.root}")] if file.root else []
         rows += [("", f"  {source}") for source in file.sources[:_LINES]]
     rows += [(name.replace("_", " "), getattr(manifest, name)) for name in ("options", "input_schema", "output_schema")]
     return rows

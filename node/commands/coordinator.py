@@ -92,6 +92,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="give jobs only to Islands that 'archipelag-node accounts approve' has named",
     )
     parser.add_argument(
+        "--review-cargos",
+        action="store_true",
+        default=None,
+        help="published Cargos wait until 'archipelag-node cargo review' approves them",
+    )
+    parser.add_argument(
         "--manifest",
         action="append",
         metavar="F",
@@ -141,6 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
         retry_window=limits.RETRY_WINDOW_S,
         result_retention=limits.RESULT_RETENTION_S,
         require_approval=False,
+        review_cargos=False,
     )
     if not 0 < settings.body_limit <= limits.JOB_INPUT_BYTES_MAX:
         raise ConfigError(f"--body-limit takes 1 to {limits.JOB_INPUT_BYTES_MAX} bytes")
@@ -169,6 +176,7 @@ def run(arguments: argparse.Namespace) -> int:
         retry_window_s=settings.retry_window,
         result_retention_s=settings.result_retention,
         require_approval=settings.require_approval,
+        auto_approve_cargos=not settings.review_cargos,
         version=VERSION,
     )
     role = CoordinatorRole(

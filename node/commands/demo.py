@@ -1,6 +1,7 @@
-"""Show the whole network on this machine: a Coordinator, two Islands with a real language model, and one answer, token by token.
+"""Show the whole network on this machine: a Coordinator, two Islands with a real language model, and one answer, token by token;
+then vectors of sentences and, where torch is installed, a picture.
 
-The first run downloads the model (98 MB). Afterwards it prints the base URL, a key and a curl line and stays up until Ctrl-C;
+The first run downloads the models (120 MB). Afterwards it prints the base URL, a key and a curl line and stays up until Ctrl-C;
 --once ends after the answer.
 
 --pipeline shows instead how a model runs that no single Island can hold: it is cut in two, three Islands offer too little memory for the

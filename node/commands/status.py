@@ -43,6 +43,7 @@ def _lines(status: dict[str, Any]) -> list[str]:
         lines.append(f"cargo      {cargo['name']} ({cargo['runtime']}): {room}, {cargo['tokens_per_s']:.0f} tokens/s")
     for shard in status["shards"]:
         lines += _shard(shard)
+    lines += [f"loading    {one['name']}: {_share(one['done_bytes'], one['total_bytes'])}" for one in status["loading"]]
     if status["memory_free_bytes"]:
         lines.append(f"memory     {status['memory_free_bytes'] / 1e6:.0f} MB free for layers of large models")
     return [
@@ -50,8 +51,14 @@ def _lines(status: dict[str, Any]) -> list[str]:
         f"jobs       {_pairs(status['jobs'])}",
         f"tickets    {_pairs(status['tickets'])}",
         f"claims     {_pairs(status['claims'])}",
+        f"files      {_pairs(status['files'])}",
+        *(f"  refused  {peer}: {detail}" for peer, detail in status["files"]["bad_peers"].items()),
         f"host       {_pairs(status['host'])}",
     ]
+
+
+def _share(done: int, total: int) -> str:
+    return f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB ({100 * done // total} %)" if total else f"{done / 1e6:,.0f} MB"
 
 
 def _pipeline(pipeline: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""GossipSub for one topic: what the validator accepts is handed out and passed on, the rest goes no further.
+"""GossipSub: what a topic's validator accepts is handed out and passed on, the rest goes no further.
 
 Theory of operation. py-libp2p's Pubsub and GossipSub do the protocol: a mesh of 4 to 12 peers, full messages inside it, ids to the
 others each heartbeat, every message signed by its author (strict signing). This module sets what its defaults get wrong and puts the
@@ -16,9 +16,10 @@ What stock 0.8.1 does and this module changes, each with a test:
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -40,6 +41,7 @@ from protocol.errors import LocalProtocolError
 log = logging.getLogger(__name__)
 
 Validator = Callable[[bytes], bool]
+Taker = Callable[[str, bytes], Awaitable[bool]]  # forwarder and data -> whether it is passed on
 _PROTOCOLS = (TProtocol("/meshsub/1.1.0"), TProtocol("/meshsub/1.0.0"))
 _DEGREE, _DEGREE_LOW, _DEGREE_HIGH = 6, 4, 12  # the specification's figures
 _HEARTBEAT_S = 1
@@ -58,7 +60,7 @@ class GossipCounters:
 
 
 class Gossip:
-    """Publishes to and hears one topic. One for each host; nothing happens until ``run`` runs."""
+    """Publishes to and hears topics. One for each host; nothing happens until ``run`` runs."""
 
     def __init__(self, host: Host, topic: str, validator: Validator) -> None:
         self.topic = topic
@@ -67,20 +69,26 @@ class Gossip:
         self._hand_out, self.received = trio.open_memory_channel[tuple[str, bytes]](limits.GOSSIP_QUEUED_MAX)
         self._host = host
         self._validator = validator
+        self._takers: dict[str, Taker] = {}
         self._pubsub: _CagedPubsub | None = None
 
     def __repr__(self) -> str:
         return f"<Gossip {self.topic}, {len(self.mesh())} in the mesh, {self.counters.received} received>"
 
-    async def publish(self, data: bytes) -> None:
-        """Signs and sends to the mesh. Raises LocalProtocolError for a message over ENVELOPE_BYTES_MAX."""
+    def add_topic(self, topic: str, taker: Taker) -> None:
+        """One more topic, before ``run``: ``taker`` takes each message in, may wait meanwhile, and says whether it is passed on."""
+        self._takers[topic] = taker
+
+    async def publish(self, data: bytes, topic: str = "") -> None:
+        """Signs and sends to the mesh, of another topic than the first where one is named. Raises LocalProtocolError for a message over
+        ENVELOPE_BYTES_MAX."""
         if len(data) > limits.ENVELOPE_BYTES_MAX:
             raise LocalProtocolError(f"a gossip message of {len(data)} bytes is over {limits.ENVELOPE_BYTES_MAX}")
         if self._pubsub is None:
             self.counters.dropped += 1
             return
         self.counters.published += 1
-        await self._pubsub.publish(self.topic, data)
+        await self._pubsub.publish(topic or self.topic, data)
         await trio.lowlevel.checkpoint()  # publishing only fills queues; let them drain
 
     def mesh(self) -> list[str]:
@@ -123,6 +131,9 @@ class Gossip:
                 await pubsub.wait_until_ready()
                 pubsub.set_topic_validator(self.topic, self.judge, is_async_validator=False)
                 await pubsub.subscribe(self.topic)
+                for topic in self._takers:
+                    pubsub.set_topic_validator(topic, functools.partial(self._take, topic), is_async_validator=True)
+                    await pubsub.subscribe(topic)
                 self._pubsub = pubsub
                 pubsub.greet(swarm.connections)
                 yield pubsub
@@ -140,6 +151,15 @@ class Gossip:
         if str(forwarder) == self._host.peer_id:
             return True
         if len(message.data) <= limits.ENVELOPE_BYTES_MAX and self._validator(message.data):
+            return True
+        self.counters.refused += 1
+        return False
+
+    async def _take(self, topic: str, forwarder: ID, message: rpc_pb2.Message) -> bool:
+        """Like ``judge``, of a topic that was added."""
+        if str(forwarder) == self._host.peer_id:
+            return True
+        if len(message.data) <= limits.ENVELOPE_BYTES_MAX and await self._takers[topic](str(forwarder), message.data):
             return True
         self.counters.refused += 1
         return False
@@ -187,7 +207,7 @@ class _CagedPubsub(Pubsub):
             seen_ttl=int(limits.GOSSIP_SEEN_S),
             strict_signing=True,
             max_inbound_rpc_size=_RPC_BYTES_MAX,
-            allowed_topics={gossip.topic},
+            allowed_topics={gossip.topic, *gossip._takers},
         )
         self._gossip = gossip
         self._inbound: set[Any] = set()

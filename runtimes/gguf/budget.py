@@ -16,6 +16,8 @@ PROCESS_BYTES = 160 * 1024 * 1024  # interpreter, libraries, logits: measured 15
 SHELF_SHARE = 0.2  # of the room for KV within a limit
 SHELF_FROM_CELLS = 4096
 SHELF_FREE_SHARE = 0.05
+EMBEDDING_SHARE = 0.5  # of what is left, at most; the rest is for prefixes outside the cells
+EMBEDDING_CELLS_MAX = 2048
 VRAM_RESERVE_BYTES = 512 * 1024 * 1024  # for the desktop and the driver
 
 
@@ -63,11 +65,21 @@ def _shelf_share(room_bytes: int, bytes_per_token: int) -> int:
     return int(room_bytes * SHELF_SHARE) if room_bytes >= SHELF_FROM_CELLS * bytes_per_token else 0
 
 
+def left_bytes(limit_bytes: int, used_bytes: int, free_bytes: int) -> int:
+    """What a limit leaves beside ``used_bytes`` (weights, buffers, process and cells), or a share of the free memory."""
+    return max(0, limit_bytes - used_bytes if limit_bytes else int(free_bytes * SHELF_FREE_SHARE))
+
+
 def shelf_bytes(limit_bytes: int, used_bytes: int, kv_bytes: int, free_bytes: int) -> int:
-    """For prefixes outside the cells: what a limit leaves beside ``used_bytes`` (weights, buffers, process and ``kv_bytes`` of cells), or a
-    share of the free memory; never more than twice the cells."""
-    room = limit_bytes - used_bytes if limit_bytes else int(free_bytes * SHELF_FREE_SHARE)
-    return max(0, min(room, 2 * kv_bytes))
+    """For prefixes outside the cells: what is left, but never more than twice the cells (``kv_bytes``)."""
+    return min(left_bytes(limit_bytes, used_bytes, free_bytes), 2 * kv_bytes)
+
+
+def embedding_cells(room_bytes: int, buffer_bytes: int, bytes_per_token: int, context_tokens: int) -> int:
+    """KV cells for embeddings, beside ``buffer_bytes``, in a part of what is left; 0 where that is too small."""
+    room = int(room_bytes * EMBEDDING_SHARE) - buffer_bytes
+    cells = min(room // bytes_per_token, EMBEDDING_CELLS_MAX, context_tokens)
+    return max(0, cells // CELLS_STEP * CELLS_STEP)
 
 
 def gpu_layers(layers: int, weights_bytes: int, kv_bytes: int, compute_bytes: int, vram_free_bytes: int) -> int:

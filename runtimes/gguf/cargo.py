@@ -22,16 +22,19 @@ import trio
 
 from protocol import limits
 from protocol.activations import Activations
+from protocol.cargo_io import DoneLine, Line, Usage
 from protocol.errors import Code, ConfigError, Refused, RemoteProtocolError
 from protocol.generation import GENERATION, OutputFormat
 from protocol.stage_messages import StageTime
-from runtimes.base import CargoFacts, Chunk, Finished, RingPort, RunRequest
+from runtimes.base import CargoFacts, Chunk, Finished, LineRequest, RingPort, RunRequest
 from runtimes.gguf.grammar_check import GrammarShop
 from runtimes.gguf.messages import (
     Admitted,
     Arrived,
     BatchFailed,
     Cancel,
+    Embed,
+    Embedded,
     Ended,
     EndSequences,
     Launch,
@@ -43,7 +46,9 @@ from runtimes.gguf.messages import (
     Start,
     Step,
 )
-from runtimes.gguf.process import EngineProcess, Worker, default_threads, opened, worker_environment
+from runtimes.gguf.process import EngineProcess, default_threads, opened, worker_environment
+from runtimes.gguf.tool_syntax import ToolSyntax, must_call, schema_of_call
+from runtimes.worker_process import Walls, WorkerLink
 
 
 @dataclass(eq=False)
@@ -113,13 +118,40 @@ def _chunk_limits() -> tuple[int, int, int]:
     return 4 * limits.CHUNK_TOKENS_MAX, limits.JOB_CHUNK_TEXT_BYTES_MAX, limits.JOB_CHUNK_LOGPROBS_BYTES_MAX
 
 
-class GgufCargo(EngineProcess):
-    """A model in a worker process; implements runtimes.base.LoadedCargo. Made by ``open_gguf_cargo``."""
+@dataclass(eq=False)
+class _EmbeddingRun:
+    """A job of embeddings on the node's side; see runtimes.base.LineRun. It has one line."""
 
-    def __init__(self, order: Load) -> None:
-        super().__init__(order)
+    number: int
+    over: trio.Event = field(default_factory=trio.Event)
+    done: DoneLine | None = None
+    refusal: Refused | None = None
+
+    def __repr__(self) -> str:
+        return f"<EmbeddingRun {self.number} {'over' if self.over.is_set() else 'running'}>"
+
+    def end(self, how: DoneLine | Refused) -> None:
+        if isinstance(how, Refused):
+            self.refusal = how
+        else:
+            self.done = how
+        self.over.set()
+
+    async def __aiter__(self) -> AsyncIterator[Line]:
+        await self.over.wait()
+        if self.done is None:
+            raise self.refusal or Refused(Code.INTERNAL, "an embedding job ended without a word")
+        yield self.done
+
+
+class GgufCargo(EngineProcess):
+    """A model in a worker process; implements runtimes.base.LoadedCargo, and LineCargo for embeddings. Made by ``open_gguf_cargo``."""
+
+    def __init__(self, order: Load, walls: Walls | None = None) -> None:
+        super().__init__(order, walls)
         self._room = Room(0, 0, 0, 0.0)
         self._runs: dict[int, _Run] = {}
+        self._embeddings: dict[int, _EmbeddingRun] = {}
         self._numbers = 0
         self._grammars = GrammarShop(order.path, worker_environment())
         self.ring: RingPort | None = None  # set by the node where the model is the last stage of a pipeline
@@ -150,13 +182,11 @@ class GgufCargo(EngineProcess):
     @asynccontextmanager
     async def run(self, request: RunRequest) -> AsyncIterator[_Run]:
         """Enters once the job is admitted. Raises Refused."""
+        if self._ready is not None and not self._ready.writes_text:
+            text = f"{self._order.name} makes embeddings and writes no text; ask it through /v1/embeddings"
+            raise Refused(Code.BAD_INPUT, text)
         grammar = await self._grammar(request)
-        worker = self._worker
-        if worker is None:
-            raise Refused(Code.NO_CAPACITY, "the engine is being restarted")  # not this job's doing: it has ended no worker
-        if not self._is_busy():
-            worker.heard_s = trio.current_time()  # what was silent so far had nothing to say
-        self._numbers += 1
+        worker = self._awake()
         run = self._runs[self._numbers] = _Run(self._numbers)
         stages = 1
         if self.ring is not None and request.route is not None:
@@ -175,17 +205,49 @@ class GgufCargo(EngineProcess):
             if self.ring is not None:
                 self.ring.job_over(run.number)
 
+    @asynccontextmanager
+    async def run_lines(self, request: LineRequest) -> AsyncIterator[_EmbeddingRun]:
+        """Embeddings; input and result as in runtimes.gguf.embed_input. Raises Refused."""
+        if not self.ready.embedding_tokens:  # another Island may offer it more memory
+            why = "it offers too little memory, or the model cannot"
+            raise Refused(Code.UNKNOWN_CARGO, f"this Island makes no embeddings with {self._order.name}: {why}")
+        if len(self._embeddings) >= limits.ENGINE_WAITING_MAX:
+            raise Refused(Code.NO_CAPACITY, f"{len(self._embeddings)} embedding jobs are waiting already")
+        worker = self._awake()
+        run = self._embeddings[self._numbers] = _EmbeddingRun(self._numbers)
+        try:
+            worker.send_nowait(Embed(run.number, request.input))
+            yield run
+        finally:
+            del self._embeddings[run.number]
+            if not run.over.is_set() and worker is self._worker:
+                worker.send_nowait(Cancel(run.number))
+
+    def _awake(self) -> WorkerLink:
+        """The worker, for one more job, whose number is the newest. Raises Refused(no_capacity)."""
+        worker = self._worker
+        if worker is None:
+            raise Refused(Code.NO_CAPACITY, "the engine is being restarted")  # not this job's doing: it has ended no worker
+        if not self._is_busy():
+            worker.heard_s = trio.current_time()  # what was silent so far had nothing to say
+        self._numbers += 1
+        return worker
+
     async def _grammar(self, request: RunRequest) -> str:
         generation = request.generation
+        if generation.tools and self.ready.tools is ToolSyntax.NONE:
+            raise Refused(Code.NO_TOOLS, f"{self._order.name} has no tools: its chat template has no place for them")
+        if must_call(generation):
+            return await self._grammars.gbnf(schema_of_call(self.ready.tools, generation))
         if generation.output_format is OutputFormat.TEXT:
             return ""
         return await self._grammars.gbnf(generation.schema)
 
     def _is_busy(self) -> bool:
         """Whether the worker owes someone an answer. A reader that is slow to fetch a finished one is not waiting for it."""
-        return any(not run.is_over for run in self._runs.values())
+        return any(not run.is_over for run in self._runs.values()) or any(not run.over.is_set() for run in self._embeddings.values())
 
-    def _hear(self, worker: Worker, message: Any) -> None:
+    def _hear(self, worker: WorkerLink, message: Any) -> None:
         if isinstance(message, Step):
             self._hand_out(message)
         elif isinstance(message, Room):
@@ -197,10 +259,19 @@ class GgufCargo(EngineProcess):
             self._notify()
         elif isinstance(message, Launch | OpenSequence | EndSequences | BatchFailed):
             self._to_stages(message)
+        elif isinstance(message, Embedded):
+            self._end_embedding(message.job, _done_line(message))
         elif not isinstance(message, Admitted | Ended | Rejected):
             raise RemoteProtocolError(f"a worker does not say {type(message).__name__}")
         elif (run := self._runs.get(message.job)) is not None:
             self._tell(run, message)
+        elif isinstance(message, Rejected):
+            self._end_embedding(message.job, Refused(message.code, message.message))
+
+    def _end_embedding(self, number: int, how: DoneLine | Refused) -> None:
+        run = self._embeddings.get(number)
+        if run is not None:
+            run.end(how)
 
     def _to_stages(self, message: Launch | OpenSequence | EndSequences | BatchFailed) -> None:
         ring = self.ring
@@ -254,6 +325,9 @@ class GgufCargo(EngineProcess):
     def _bury(self, code: int) -> None:
         """Tells all running jobs that their worker has ended."""
         self._room = replace(self._room, kv_tokens_free=0, slots_free=0)
+        for embedding in self._embeddings.values():
+            if not embedding.over.is_set():
+                embedding.end(Refused(Code.WORKER_DIED, f"the engine's worker ended with code {code}"))
         for run in self._runs.values():
             if not run.is_over:
                 run.refusal = Refused(Code.WORKER_DIED, f"the engine's worker ended with code {code}")
@@ -261,6 +335,14 @@ class GgufCargo(EngineProcess):
         if self.ring is not None:
             self.ring.engine_lost()
         self._notify()
+
+
+def _done_line(message: Embedded) -> DoneLine:
+    """Raises RemoteProtocolError."""
+    try:
+        return DoneLine(Usage(message.prompt_tokens, 0), None, bytes(message.result).decode())
+    except ValueError as error:
+        raise RemoteProtocolError(f"a worker's result is none ({error})") from None
 
 
 @asynccontextmanager
@@ -274,8 +356,12 @@ async def open_gguf_cargo(
     gpu_layers: int | None = None,
     context_tokens: int | None = None,
     slots: int = 64,
+    walls: Walls | None = None,
 ) -> AsyncIterator[GgufCargo]:
-    """A loaded Cargo in a nursery of its own. Raises ConfigError with a sentence that says what to do when it cannot be loaded."""
+    """A loaded Cargo in a nursery of its own; within ``walls`` the model has to be shown at its own path.
+
+    Raises ConfigError with a sentence that says what to do when it cannot be loaded.
+    """
     order = Load(
         name=name,
         path=str(Path(path).resolve()),
@@ -286,7 +372,7 @@ async def open_gguf_cargo(
         context_tokens=context_tokens or 0,
         slots=slots,
     )
-    async with opened(GgufCargo(order)) as cargo:
+    async with opened(GgufCargo(order, walls)) as cargo:
         yield cargo
 
 

@@ -44,13 +44,13 @@ class TextStream:
             self.stopped = True
             certain, self._pending = self._pending[: min(found)], ""
             return certain
-        keep = max(_overlap(self._pending, stop) for stop in self._stop)
+        keep = max(overlap(self._pending, stop) for stop in self._stop)
         certain = self._pending[: len(self._pending) - keep]
         self._pending = self._pending[len(certain) :]
         return certain
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` that begins ``stop``."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,8 +29,9 @@ from runtimes.gguf.layers import Landed, Layers, Rows
 from runtimes.gguf.llama import Floats
 from runtimes.gguf.messages import Admitted, Ended, Output, Rejected, Room, Step
 from runtimes.gguf.sampler import Grammar, Sampler, logprob_entry
-from runtimes.gguf.scheduler import SHARED_STEP_S, TimeModel, Waiting, plan
+from runtimes.gguf.scheduler import SHARED_STEP_S, STEP_S, STRETCH, TimeModel, Waiting, plan
 from runtimes.gguf.shelf import Shelf, Shelved
+from runtimes.gguf.tool_parser import CallParser
 
 _SPEED_LEARN = 0.1  # weight of one finished job in the advertised tokens/s
 _PROMPTS_AT_ONCE = 2  # so that a long one does not hold up a short one
@@ -52,7 +53,8 @@ class AnswerGrammar(Grammar, Protocol):
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One answer. ``tokens``: prompt and resumed tokens, all of which are computed before the first new token."""
+    """One answer. ``tokens``: prompt and resumed tokens, all of which are computed before the first new token. ``calls`` reads its calls of
+    tools; ``marks``: tokens that have a text for that, and none otherwise."""
 
     number: int
     request: GenerationRequest
@@ -63,6 +65,8 @@ class Job:
     grammar: AnswerGrammar | None
     text: TextStream
     echo: str = ""
+    calls: CallParser | None = None
+    marks: Mapping[int, bytes] = field(default_factory=dict)
     resumed: int = 0
     made: int = 0  # tokens of the answer, resumed ones included
     sequence: int = -1
@@ -78,6 +82,16 @@ class Job:
     @property
     def declared(self) -> int:
         return self.prompt_tokens + self.request.max_tokens
+
+    def said(self, token: int, piece: bytes) -> str:
+        """Text that is certain after this token, whose bytes are ``piece``."""
+        text = self.text.feed(self.marks.get(token, piece))
+        return text if self.calls is None else self.calls.feed(text)
+
+    def rest(self) -> str:
+        """The rest of the text, when the answer is over."""
+        text = self.text.finish()
+        return text if self.calls is None else self.calls.feed(text) + self.calls.finish()
 
     def __repr__(self) -> str:
         return f"<Job {self.number}: prompt {self.prompt_tokens}, answer {self.made}/{self.request.max_tokens}>"
@@ -152,6 +166,13 @@ class Engine:
 
     def room(self) -> Room:
         return Room(self._book.tokens_free, self._book.slots_free, len(self._waiting), self.tokens_per_s)
+
+    @property
+    def spare_s(self) -> float:
+        """How long something else may take before the next step, by the rule for prompts beside answers."""
+        if self._answering:
+            return (STRETCH - 1.0) * self._times.decode_s(len(self._answering))
+        return STEP_S if self.is_idle else SHARED_STEP_S
 
     def submit(self, job: Job) -> None:
         """Puts a job into the queue. Raises Refused(no_capacity) when the queue is full or the job could never fit."""
@@ -345,11 +366,10 @@ class Engine:
     def _take(self, job: Job, token: int, logits: Floats, events: Events) -> bool:
         """Adds a chosen token to its answer. Returns whether the answer goes on."""
         if token in self._end_tokens:
-            self._end(job, FinishReason.STOP, job.text.finish(), events)
+            self._end(job, FinishReason.STOP, job.rest(), events)
             return False
         job.sampler.accept(token)
-        piece = self._vocabulary.piece(token)
-        text = job.echo + job.text.feed(piece)
+        text = job.echo + job.said(token, self._vocabulary.piece(token))
         job.echo, job.made, job.next_token = "", job.made + 1, token
         top = job.request.top_logprobs
         entry = b"[" + logprob_entry(logits, token, top, self._vocabulary.piece) + b"]" if top >= 0 else b""
@@ -358,7 +378,7 @@ class Engine:
         reason = reason_to_end(job)
         if reason is None:
             return True
-        self._end(job, reason, job.text.finish(), events)
+        self._end(job, reason, job.rest(), events)
         return False
 
     def _end(self, job: Job, reason: FinishReason, text: str, events: Events) -> None:
@@ -392,7 +412,7 @@ class Engine:
 
 def reason_to_end(job: Job) -> FinishReason | None:
     """Why the answer is over after its last token, or None. Also asked of a resumed answer, which may be complete already."""
-    if job.text.stopped:
+    if job.text.stopped or (job.calls is not None and job.calls.is_over):
         return FinishReason.STOP
     if job.grammar is not None and job.made and job.grammar.is_complete():
         return FinishReason.STOP

@@ -236,13 +236,17 @@ class Context:
 
     With ``emits_hidden`` the graph ends behind the last layer, before the final norm: the callback sees the tensor ``l_out-<last>``,
     copies it and answers False, so the output matrix is not multiplied. Every row must then be flagged for output, else llama.cpp
-    drops rows in its last layer.
+    drops rows in its last layer. ``behind_norm``: it ends behind the final norm, and attention adds up in f32.
+
+    ``pooling``: llama.cpp's number for how a model for embeddings makes one vector of a sequence.
     """
 
-    def __init__(self, model: Model, size: ContextSize, emits_hidden: bool = False) -> None:
+    def __init__(
+        self, model: Model, size: ContextSize, emits_hidden: bool = False, behind_norm: bool = False, pooling: int | None = None
+    ) -> None:
         c = self._c = library()
         self.model, self.size = model, size
-        self.width = int(c.llama_model_n_embd(model.pointer))
+        self.width, self.width_out = int(c.llama_model_n_embd(model.pointer)), int(c.llama_model_n_embd_out(model.pointer))
         self._hidden: list[Floats] = []
         params = c.llama_context_default_params()
         params.n_ctx, params.n_seq_max = size.cells, size.sequences
@@ -254,7 +258,12 @@ class Context:
         if emits_hidden:
             self._callback = c.ggml_backend_sched_eval_callback(self._on_tensor)
             params.cb_eval = self._callback
-            self._wanted = f"l_out-{c.llama_model_n_layer(model.pointer) - 1}".encode()
+            last = int(c.llama_model_n_layer(model.pointer)) - 1
+            self._wanted = b"result_norm" if behind_norm else f"l_out-{last}".encode()
+        if pooling is not None:
+            params.embeddings, params.pooling_type = True, pooling
+        if behind_norm or pooling is not None:
+            params.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_DISABLED
         _log.clear()
         self.pointer = c.llama_init_from_model(model.pointer, params)
         if not self.pointer:
@@ -297,8 +306,23 @@ class Context:
         pointer = self._c.llama_get_logits(self.pointer)
         return np.ctypeslib.as_array(pointer, (count, self.model.n_vocab))
 
+    def encode(self, tokens: Ints, positions: Ints, sequences: Ints) -> None:
+        """Whole sequences through a model for embeddings; read by ``pooled``. Raises LlamaError."""
+        code = int(self._c.llama_encode(self.pointer, self._batch.fill(tokens, positions, sequences, np.ones(len(tokens), np.int8))))
+        if code != 0:
+            raise LlamaError(f"llama_encode answered {code}: {_last_errors()}")
+
+    def pooled(self, sequence: int) -> Floats:
+        """The vector (width_out,) of a sequence of the last ``encode``. Raises LlamaError."""
+        pointer = self._c.llama_get_embeddings_seq(self.pointer, sequence)
+        if not pointer:
+            raise LlamaError("this model gives no vector of a text")
+        return np.ctypeslib.as_array(pointer, (self.width_out,)).copy()
+
     def hidden(self) -> Floats:
         """Hidden states (rows, width) of the last decode."""
+        if not self._hidden:
+            raise LlamaError("the model's graph has no such states")
         return np.concatenate(self._hidden) if len(self._hidden) != 1 else self._hidden[0]
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:

@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,13 @@ import psutil
 from protocol import limits
 from protocol.errors import ConfigError
 from runtimes.gguf import budget, gpu
+from runtimes.gguf.embed import Embedder, NoEngine
+from runtimes.gguf.embed_model import TEXTS_GPU, DecoderVectors, EncoderVectors, Pooling, Text, is_encoder, pooling_of
 from runtimes.gguf.engine import Engine
 from runtimes.gguf.kv import KvBook
 from runtimes.gguf.layers import Rows, Stage
 from runtimes.gguf.llama import ContextSize, Floats, LlamaError, Model, ModelFacts, version
-from runtimes.gguf.messages import Load, Ready
+from runtimes.gguf.messages import Load, Ready, Room
 from runtimes.gguf.prepare import Preparer
 from runtimes.gguf.ring import RingLayers
 from runtimes.gguf.scheduler import TimeModel
@@ -30,6 +32,7 @@ from runtimes.gguf.shard_header import read_shard_layers
 from runtimes.gguf.shelf import Shelf
 from runtimes.gguf.stage_worker import LoadedStage
 from runtimes.gguf.template import ChatTemplate
+from runtimes.gguf.tool_syntax import ToolSyntax
 from runtimes.store.gguf_file import check_gguf
 
 BATCH_ROWS = 512
@@ -47,18 +50,21 @@ _REMEMBERED_MAX = 64
 _WARM_PROMPT_TOKENS = 64
 _WARM_DECODE_TOKENS = 16
 _SHARD_WARM_TOKENS = 12
+_EMBEDDING_ROWS_GPU = 256
+_TEXT_TOKENS_LEAST = 64  # a model for embeddings that cannot take so many is of no use
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """``ring``: where the model is the last stage of a pipeline."""
+    """``ring``: where the model is the last stage of a pipeline. ``embedder``: where it makes embeddings."""
 
     model: Model
-    stage: Stage
-    engine: Engine
+    stage: Stage | EncoderVectors
+    engine: Engine | NoEngine
     preparer: Preparer
     ready: Ready
     ring: RingLayers | None = None
+    embedder: Embedder | None = None
 
 
 def load(order: Load, send: Callable[[object], None]) -> Loaded:
@@ -70,6 +76,8 @@ def load(order: Load, send: Callable[[object], None]) -> Loaded:
         facts, shape = model.facts(), kv_shape(model)
         template = _template(model)
         _check_facts(facts, shape)
+        if is_encoder(model) and order.layers is None:
+            return _assemble_encoder(order, model, layers)
         if order.is_driver:
             return _assemble_driver(order, model, template, layers, send)
         stage = _stage(order, model, facts, shape, layers)
@@ -146,7 +154,7 @@ def _process_bytes(known_bytes: int) -> int:
 
 def _assemble_driver(order: Load, model: Model, template: ChatTemplate | None, gpu_layers: int, send: Callable[[object], None]) -> Loaded:
     stage = _shard_stage(order, model)
-    ready = _shard_ready(order, model, stage, gpu_layers)
+    ready = replace(_shard_ready(order, model, stage, gpu_layers), tools=_tools(template))
     ring = RingLayers(stage, send, STAGE_ROWS)
     book = KvBook(ready.kv_tokens, PIPELINE_SLOTS, PIPELINE_SEQUENCES)
     times = TimeModel(1.0 / ready.tokens_per_s, 1.0 / ready.tokens_per_s)
@@ -225,7 +233,9 @@ def _assemble(
     context_tokens = min(cells, facts.context_tokens, order.context_tokens or cells)
     book = KvBook(cells, order.slots, stage.context.size.sequences, remembers=not facts.recurrent)
     per_token = _kv_bytes_per_token(shape, stage.context.kv_bytes, cells)
-    shelf = _shelf(order, facts, stage, per_token * cells)
+    used_bytes = facts.weights_bytes + stage.context.compute_bytes + budget.PROCESS_BYTES + per_token * cells
+    embedder, set_aside_bytes = _embedder(order, model, facts, used_bytes, per_token, prefill_s)
+    shelf = _shelf(order, facts, used_bytes + set_aside_bytes, per_token * cells)
     engine = Engine(stage, model, model.end_tokens(), book, TimeModel(decode_s, prefill_s), stage.context.size.batch, shelf)
     engine.tokens_per_s = 1.0 / decode_s
     ready = Ready(
@@ -240,13 +250,76 @@ def _assemble(
         gpu_layers=layers,
         width=facts.width,
         process_bytes=_process_bytes(facts.weights_bytes + stage.context.compute_bytes + per_token * cells),
+        tools=_tools(template),
+        embedding_tokens=embedder.tokens_max if embedder is not None else 0,
     )
-    return Loaded(model, stage, engine, Preparer(model, template, context_tokens), ready)
+    return Loaded(model, stage, engine, Preparer(model, template, context_tokens), ready, embedder=embedder)
 
 
-def _shelf(order: Load, facts: ModelFacts, stage: Stage, kv_bytes: int) -> Shelf:
+def _embedder(
+    order: Load, model: Model, facts: ModelFacts, used_bytes: int, per_token: int, row_s: float
+) -> tuple[Embedder | None, int]:
+    """For a model that writes text, and the bytes that its second context will take; none where too few are left."""
+    pooling = pooling_of(model)
+    rows, together = (_EMBEDDING_ROWS_GPU, TEXTS_GPU) if gpu.supports_offload() else (MICRO_BATCH_CPU, 1)
+    buffer_bytes = _GRAPH_BYTES + 2 * 4 * facts.vocabulary * rows
+    left_bytes = budget.left_bytes(order.memory_limit_bytes, used_bytes, free_memory_bytes())
+    cells = budget.embedding_cells(left_bytes, buffer_bytes, per_token, facts.context_tokens)
+    if not cells or pooling is Pooling.RANK or facts.recurrent:
+        return None, 0
+    size = ContextSize(cells, together, batch=rows, micro_batch=rows, outputs=rows, threads=order.threads)
+    embedder = Embedder(model, facts.width, cells, lambda: DecoderVectors(model, size, pooling), row_s)
+    return embedder, buffer_bytes + cells * per_token
+
+
+def _assemble_encoder(order: Load, model: Model, layers: int) -> Loaded:
+    """A model that makes embeddings and writes no text. Raises ConfigError, LlamaError."""
+    pooling, facts = pooling_of(model), model.facts()
+    if pooling is Pooling.RANK:
+        raise ConfigError(f"{order.name} compares texts and has no vectors of them; name a model for embeddings or for text")
+    vectors = _encoder(order, model, facts, pooling)
+    text = Text(np.full(min(_WARM_PROMPT_TOKENS, vectors.tokens_max), max(0, model.bos()), np.int32))
+    vectors.compute([text], vectors.tokens_max)  # touches all weights
+    started = time.perf_counter()
+    row_s = (time.perf_counter() - started) / vectors.compute([text], vectors.tokens_max)
+    embedder = Embedder(model, vectors.dimensions, vectors.tokens_max, lambda: vectors, row_s)
+    compute_bytes = vectors.context.compute_bytes
+    ready = Ready(
+        engine=_engine_name(version(), gpu.backend_name() if layers else "cpu", facts.description, order),
+        context_tokens=vectors.tokens_max,
+        kv_tokens=vectors.tokens_max,
+        slots=order.slots,
+        weights_bytes=facts.weights_bytes,
+        kv_bytes_per_token=0,
+        compute_bytes=compute_bytes,
+        tokens_per_s=1.0 / max(row_s, 1e-9),
+        gpu_layers=layers,
+        width=facts.width,
+        process_bytes=_process_bytes(facts.weights_bytes + compute_bytes),
+        embedding_tokens=vectors.tokens_max,
+        writes_text=False,
+    )
+    engine = NoEngine(Room(ready.kv_tokens, ready.slots, 0, ready.tokens_per_s))
+    return Loaded(model, vectors, engine, Preparer(model, None, vectors.tokens_max), ready, embedder=embedder)
+
+
+def _encoder(order: Load, model: Model, facts: ModelFacts, pooling: Pooling) -> EncoderVectors:
+    """With as long texts as the limit allows: attention looks at all pairs of tokens, so buffers grow with their square."""
+    tokens = min(facts.context_tokens, budget.EMBEDDING_CELLS_MAX, order.context_tokens or facts.context_tokens)
+    limit_bytes = order.memory_limit_bytes or free_memory_bytes()
+    while tokens >= _TEXT_TOKENS_LEAST:
+        together = TEXTS_GPU if gpu.supports_offload() else 1
+        vectors = EncoderVectors(model, tokens, together, order.threads, pooling)
+        needed_bytes = facts.weights_bytes + vectors.context.compute_bytes + budget.PROCESS_BYTES
+        if needed_bytes <= limit_bytes:
+            return vectors
+        vectors.close()
+        tokens //= 2
+    raise ConfigError(f"{limit_bytes} bytes cannot hold {order.name}: it needs {needed_bytes}; offer more or choose a smaller model")
+
+
+def _shelf(order: Load, facts: ModelFacts, used_bytes: int, kv_bytes: int) -> Shelf:
     """Room for prefixes outside the cells. A model whose state cannot be cut back to a prefix has no use for it."""
-    used_bytes = facts.weights_bytes + stage.context.compute_bytes + budget.PROCESS_BYTES + kv_bytes
     room = budget.shelf_bytes(order.memory_limit_bytes, used_bytes, kv_bytes, free_memory_bytes())
     return Shelf(0 if facts.recurrent else room)
 
@@ -303,6 +376,10 @@ def _template(model: Model) -> ChatTemplate | None:
     if not source:
         return None
     return ChatTemplate(source, model.special_text(model.bos()), model.special_text(model.eos()))
+
+
+def _tools(template: ChatTemplate | None) -> ToolSyntax:
+    return template.tools if template is not None else ToolSyntax.NONE
 
 
 def _measure(stage: Stage, room: int, width: int = 0) -> tuple[float, float]:

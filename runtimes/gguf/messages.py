@@ -16,6 +16,7 @@ from protocol.generation import FinishReason
 from protocol.registry import Registry, body
 from protocol.shards import LayerRange
 from protocol.stage_messages import Span, StageTime
+from runtimes.gguf.tool_syntax import ToolSyntax
 
 GGUF_WORKER = Registry("gguf-worker")
 
@@ -97,6 +98,9 @@ class Ready:
     gpu_layers: int
     width: int
     process_bytes: int  # beside weights, KV cache and compute buffers
+    tools: ToolSyntax = ToolSyntax.NONE
+    embedding_tokens: int = 0  # of the longest text that can be embedded; 0: none can
+    writes_text: bool = True
 
 
 @GGUF_WORKER.message(5)
@@ -260,6 +264,28 @@ class OpenSequence:
 @dataclass(frozen=True, slots=True)
 class EndSequences:
     sequences: tuple[int, ...]
+
+
+# Embeddings, by a whole model.
+
+
+@GGUF_WORKER.message(20)
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """``input``: JSON as runtimes.gguf.embed_input reads it. Answered by Embedded or Rejected; Cancel ends it."""
+
+    job: int
+    input: bytes = body()
+
+
+@GGUF_WORKER.message(21)
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """``result``: JSON of a DoneLine."""
+
+    job: int
+    prompt_tokens: int
+    result: bytes = body()
 
 
 GGUF_WORKER.seal()

@@ -15,6 +15,8 @@ from runtimes.gguf.llama import Model
 from runtimes.gguf.messages import Ended
 from runtimes.gguf.sampler import Sampler
 from runtimes.gguf.template import ChatTemplate
+from runtimes.gguf.tool_parser import CallParser
+from runtimes.gguf.tool_syntax import MARKS, ToolSyntax, must_call
 
 _ECHO_BYTES_MAX = limits.JOB_CHUNK_TEXT_BYTES_MAX - 4096  # it travels in one chunk with the first token's text
 
@@ -28,6 +30,8 @@ class Preparer:
         texts = (model.piece(token) or model.special_text(token).encode() for token in range(model.n_vocab))
         self._piece_bytes_max = max(map(len, texts), default=0) or 1
         self._end_tokens = model.end_tokens()
+        self.tools = template.tools if template is not None else ToolSyntax.NONE
+        self._marks = self._silent_marks()
 
     def job(self, number: int, request: GenerationRequest, salt: bytes, gbnf: str) -> Job:
         """Raises Refused(bad_input, context_length_exceeded)."""
@@ -39,6 +43,10 @@ class Preparer:
         if any(not 0 <= token < self._model.n_vocab for token in resume):
             raise Refused(Code.BAD_INPUT, "the answer to go on with holds tokens that this model does not have")
         grammar = TokenGrammar(self._model, gbnf, self._end_tokens) if gbnf else None
+        calls = None
+        if request.tools:
+            names = [tool.name for tool in request.tools]
+            calls = CallParser(self.tools, names, request.parallel_calls, begun=must_call(request))
         job = Job(
             number=number,
             request=request,
@@ -49,6 +57,8 @@ class Preparer:
             grammar=grammar,
             text=TextStream(request.stop),
             echo=request.prompt if request.echo and not resume else "",
+            calls=calls,
+            marks=self._marks if calls is not None else {},
         )
         self._resume(job, resume)
         return job
@@ -60,7 +70,17 @@ class Preparer:
             reason = FinishReason.STOP
         if reason is None:
             return None
-        return Ended(job.number, reason, job.prompt_tokens, job.made, 0, job.text.finish(), 0.0, 0.0)
+        return Ended(job.number, reason, job.prompt_tokens, job.made, 0, job.rest(), 0.0, 0.0)
+
+    def _silent_marks(self) -> dict[int, bytes]:
+        """Control tokens that begin and end calls: they have no text in answers otherwise."""
+        marks = MARKS.get(self.tools)
+        found = {}
+        for mark in (marks.begin, marks.end, marks.optional) if marks is not None else ():
+            tokens = self._model.tokenize(mark, add_special=False, parse_special=True) if mark else []
+            if len(tokens) == 1 and not self._model.piece(tokens[0]):
+                found[tokens[0]] = mark.encode()
+        return found
 
     def _prompt(self, request: GenerationRequest) -> list[int]:
         if not request.messages:
@@ -69,7 +89,9 @@ class Preparer:
             return tokens or self._beginning()
         if self._template is None:
             raise Refused(Code.BAD_INPUT, "this model has no chat template; ask it through /v1/completions")
-        text = self._template.render(request.messages)
+        text = self._template.render(request.messages, request.tools)
+        if must_call(request):
+            text += MARKS[self.tools].lead
         self._check_size(text, request.max_tokens)
         tokens = self._model.tokenize(text, add_special=True, parse_special=True)
         bos = self._model.bos()
@@ -106,5 +128,5 @@ class Preparer:
             if job.grammar is not None and not job.grammar.allows(token):
                 raise Refused(Code.BAD_INPUT, "the answer to go on with does not fit the JSON schema")
             job.sampler.accept(token)
-            job.text.feed(self._model.piece(token))
+            job.said(token, self._model.piece(token))
         job.made = job.resumed = len(resume)

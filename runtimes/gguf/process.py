@@ -6,14 +6,14 @@ its node, even on kill -9.
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import trio
@@ -21,7 +21,7 @@ import trio
 from protocol import limits
 from protocol.errors import ConfigError, RemoteProtocolError
 from runtimes.gguf.messages import GGUF_WORKER, Load, LoadFailed, Ready
-from runtimes.worker_process import WorkerProcess, environment_of, pause_after
+from runtimes.worker_process import Walls, WorkerLink, WorkerProcess, environment_of, open_walled, pause_after
 
 _KEPT_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "VIRTUAL_ENV", "SYSTEMROOT")
 _KEPT_PREFIXES = ("CUDA_", "NVIDIA_", "GGML_", "VK_", "HIP_", "ROCR_", "HSA_", "OMP_", "GOMP_")
@@ -44,21 +44,30 @@ def worker_command(descriptor: int) -> list[str]:
     return [sys.executable, "-P", "-m", "runtimes.gguf.worker", str(descriptor), str(os.getpid())]
 
 
-class Worker(WorkerProcess):
-    """One life of an engine's process. ``ready_s``: when it was loaded."""
+Start = Callable[[], AbstractAsyncContextManager[WorkerLink]]
 
-    def __init__(self) -> None:
-        """Raises OSError."""
-        super().__init__(GGUF_WORKER, worker_command, worker_environment())
-        self.ready_s = math.inf
+
+@asynccontextmanager
+async def start_plain() -> AsyncIterator[WorkerLink]:
+    """A worker without walls. Raises OSError."""
+    worker = WorkerProcess(GGUF_WORKER, worker_command, worker_environment())
+    try:
+        yield worker
+    finally:
+        await worker.end()
+
+
+def start_of(walls: Walls | None) -> Start:
+    """How workers are started: within walls, or without where there are none."""
+    return start_plain if walls is None else partial(open_walled, GGUF_WORKER, "runtimes.gguf.worker", walls)
 
 
 class EngineProcess(ABC):
     """Keeps a worker alive. Subclasses say what they owe (``_is_busy``), hear its messages (``_hear``) and its end (``_bury``)."""
 
-    def __init__(self, order: Load) -> None:
-        self._order = order
-        self._worker: Worker | None = None
+    def __init__(self, order: Load, walls: Walls | None = None) -> None:
+        self._order, self._start = order, start_of(walls)
+        self._worker: WorkerLink | None = None
         self._ready: Ready | None = None
         self._changed = trio.Event()
         self._scope = trio.CancelScope()
@@ -70,7 +79,7 @@ class EngineProcess(ABC):
         """Whether the worker owes someone an answer."""
 
     @abstractmethod
-    def _hear(self, worker: Worker, message: Any) -> None:
+    def _hear(self, worker: WorkerLink, message: Any) -> None:
         """One message of the worker. Raises RemoteProtocolError for what a worker does not say."""
 
     @abstractmethod
@@ -91,7 +100,7 @@ class EngineProcess(ABC):
     @property
     def worker_pid(self) -> int:
         """Process id of the worker; 0 while there is none."""
-        return self._worker.process.pid if self._worker is not None else 0
+        return self._worker.pid if self._worker is not None else 0
 
     async def wait_changed(self) -> None:
         await self._changed.wait()
@@ -123,22 +132,23 @@ class EngineProcess(ABC):
 
         ``task_status`` is given until one has served; a failure before that is the caller's.
         """
-        try:
-            worker = Worker()
-        except OSError as error:
-            if task_status is None:
-                return 0.0
-            raise ConfigError(f"the engine's process could not be started ({error}); free memory or end other processes") from error
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(worker.write, nursery.cancel_scope)
-                nursery.start_soon(self._watch, worker, nursery.cancel_scope)
-                await self._serve(worker, task_status)
-                nursery.cancel_scope.cancel()
-        finally:
-            self._worker = None
-            code = await worker.end()
-            self._bury(code)
+        async with AsyncExitStack() as stack:
+            try:
+                worker = await stack.enter_async_context(self._start())
+            except (OSError, ConfigError) as error:
+                if task_status is None:
+                    return 0.0
+                raise ConfigError(f"the engine's process could not be started ({error}); free memory or end other processes") from error
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(worker.write, nursery.cancel_scope)
+                    nursery.start_soon(self._watch, worker, nursery.cancel_scope)
+                    await self._serve(worker, task_status)
+                    nursery.cancel_scope.cancel()
+            finally:
+                self._worker = None
+                code = await worker.end()
+                self._bury(code)
         if self._ready is None:
             self._try_plain(code, worker.has_stalled)
         return max(0.0, trio.current_time() - worker.ready_s)
@@ -162,7 +172,7 @@ class EngineProcess(ABC):
             raise ConfigError(f"the engine crashed twice ({_signal_name(code)}) on {path}; it may be damaged: delete it and fetch it again")
         self._order = replace(self._order, plain=True)
 
-    async def _watch(self, worker: Worker, scope: trio.CancelScope) -> None:
+    async def _watch(self, worker: WorkerLink, scope: trio.CancelScope) -> None:
         """Ends a worker that has jobs, or is loading, and says nothing."""
         while True:
             await trio.sleep(limits.WORKER_STALL_S / 10)
@@ -173,10 +183,12 @@ class EngineProcess(ABC):
                 scope.cancel()
                 return
 
-    async def _serve(self, worker: Worker, task_status: trio.TaskStatus[None] | None) -> None:
+    async def _serve(self, worker: WorkerLink, task_status: trio.TaskStatus[None] | None) -> None:
         worker.send_nowait(self._order)
         try:
             async for message in worker.messages():
+                if isinstance(message, Ready | LoadFailed) and self._worker is worker:
+                    raise RemoteProtocolError("a worker loads once")
                 if isinstance(message, LoadFailed):
                     if task_status is not None:
                         raise ConfigError(message.message)

@@ -14,14 +14,15 @@ from protocol.errors import RemoteProtocolError
 from protocol.stage_messages import Span
 from runtimes.base import StageListener
 from runtimes.gguf.messages import Batch, BatchDone, BatchFailed, CopyCells, CutCells, Load, Ready
-from runtimes.gguf.process import EngineProcess, Worker
+from runtimes.gguf.process import EngineProcess
+from runtimes.worker_process import Walls, WorkerLink
 
 
 class StageCargo(EngineProcess):
     """Made by ``runtimes.gguf.process.opened``."""
 
-    def __init__(self, order: Load) -> None:
-        super().__init__(order)
+    def __init__(self, order: Load, walls: Walls | None = None) -> None:
+        super().__init__(order, walls)
         self.listener: StageListener | None = None
         self._owed: set[int] = set()
         self.batches = 0
@@ -52,7 +53,7 @@ class StageCargo(EngineProcess):
     def _is_busy(self) -> bool:
         return bool(self._owed)
 
-    def _hear(self, worker: Worker, message: Any) -> None:
+    def _hear(self, worker: WorkerLink, message: Any) -> None:
         if isinstance(message, Ready):
             is_first = self._ready is None
             self._ready, self._worker, worker.ready_s = message, worker, trio.current_time()

@@ -14,8 +14,9 @@ Filters, tests and methods are those that chat templates use, and those that cou
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
@@ -29,7 +30,8 @@ from jinja2.visitor import NodeTransformer
 
 from protocol import limits
 from protocol.errors import Code, ConfigError, Refused
-from protocol.generation import ChatMessage
+from protocol.generation import ChatMessage, Tool
+from runtimes.gguf.tool_syntax import ToolSyntax, as_templates_take_them, syntax_of
 
 _FILTERS_LAZY = frozenset(  # their time does not depend on the size of what they are given, or they are generators
     "attr count d default first items last length list map reject rejectattr reverse safe select selectattr".split()
@@ -54,6 +56,7 @@ _CALLERS_OWN = frozenset({"_loop_vars", "_block_vars"})  # jinja2 adds them to e
 _NUMBER_MAX = 2**64
 _DIGITS_MAX = 1000  # of a text that becomes a number
 _PLACES_MAX = 15
+_SHORT_ID_CHARS = 9
 _INDENT_MAX = 16
 _REASON_CHARS_MAX = 200
 _DEPTH_MAX = 32  # of a value that is printed, compared or hashed
@@ -376,21 +379,31 @@ class ChatTemplate:
         self._sandbox, self._bos, self._eos = _Sandbox(), bos, eos
         try:
             self._template = self._sandbox.from_string(source)
+            has_tools = any(name.name == "tools" for name in self._sandbox.parse(source).find_all(nodes.Name))
         except Exception as error:  # jinja2 makes Python of a stranger's text and Python may refuse that in any way
             reason = str(error)[:_REASON_CHARS_MAX] or type(error).__name__
             raise ConfigError(f"the model's chat template cannot be used ({reason}); use another model file") from error
+        self.tools = syntax_of(source) if has_tools else ToolSyntax.NONE
+        self._shows_calls = "tool_calls" in source
 
     def __repr__(self) -> str:
         return "<ChatTemplate>"
 
-    def render(self, messages: Iterable[ChatMessage]) -> str:
-        """The prompt for these messages. Raises Refused(bad_input) where the template forbids them or spends too much."""
-        plain = [{"role": str(m.role), "content": m.content} | ({"name": m.name} if m.name else {}) for m in messages]
+    def render(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> str:
+        """The prompt for these messages. Raises Refused: bad_input where the template forbids them or spends too much, tools_not_supported
+        where it would leave something out."""
+        if tools and self.tools is ToolSyntax.NONE:
+            raise Refused(Code.NO_TOOLS, "this model has no tools: its chat template has no place for them, or an unknown one")
+        if not self._shows_calls and any(message.tool_calls for message in messages):
+            raise Refused(Code.NO_TOOLS, "this model's chat template has no place for the tool_calls of messages")
+        short_ids = self.tools is ToolSyntax.MISTRAL
+        plain = [_plain(message, short_ids) for message in messages]
+        offered = as_templates_take_them(tools)
         self._sandbox.budget = _Budget()
         pieces: list[str] = []
         size = 0
         try:
-            values = {"messages": plain, "bos_token": self._bos, "eos_token": self._eos, "add_generation_prompt": True, "tools": None}
+            values = {"messages": plain, "bos_token": self._bos, "eos_token": self._eos, "add_generation_prompt": True, "tools": offered}
             for piece in self._template.generate(values):
                 size += len(piece)
                 self._sandbox.budget.step()
@@ -404,6 +417,34 @@ class ChatTemplate:
         except Exception as error:  # jinja2: "other exceptions may occur … the caller has to ensure that all exceptions are caught"
             raise Refused(Code.BAD_INPUT, f"the model's chat template failed on these messages ({type(error).__name__})") from None
         return "".join(pieces)
+
+
+def _plain(message: ChatMessage, short_ids: bool) -> dict[str, Any]:
+    """As templates take a message. ``short_ids``: Mistral's want 9 letters or digits."""
+
+    def shown(call_id: str) -> str:
+        return hashlib.sha256(call_id.encode()).hexdigest()[:_SHORT_ID_CHARS] if short_ids else call_id
+
+    fields: dict[str, Any] = {"role": str(message.role), "content": message.content}
+    if message.name:
+        fields["name"] = message.name
+    if message.tool_calls:
+        fields["tool_calls"] = [
+            {"id": shown(call.id), "type": "function", "function": {"name": call.name, "arguments": _arguments(call.arguments)}}
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id:
+        fields["tool_call_id"] = shown(message.tool_call_id)
+    return fields
+
+
+def _arguments(text: str) -> Any:
+    """An object, which templates write as JSON; the text itself where it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, dict) else text
 
 
 def _is_number(value: object) -> bool:

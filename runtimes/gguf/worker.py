@@ -28,13 +28,16 @@ from protocol import limits
 from protocol.errors import ArchipelagError, Code, ConfigError, Refused
 from protocol.framing import FrameDecoder, encode_frame
 from protocol.generation import GENERATION
-from runtimes.gguf.engine import Events
+from runtimes.gguf.embed import EmbeddingJob
+from runtimes.gguf.engine import Events, Job
 from runtimes.gguf.load import Loaded, load, load_stage
 from runtimes.gguf.messages import (
     GGUF_WORKER,
     Arrived,
     BatchFailed,
     Cancel,
+    Embed,
+    Embedded,
     Load,
     LoadFailed,
     Output,
@@ -130,9 +133,18 @@ class Worker:
         engine = self._loaded.engine
         if engine.is_idle:
             engine.tidy()
-        self._take(block=engine.is_idle or engine.is_waiting_for_stages)
+        embedder = self._loaded.embedder
+        is_embedding = embedder is not None and not embedder.is_idle
+        self._take(block=not is_embedding and (engine.is_idle or engine.is_waiting_for_stages))
         self._say(engine.admit())
         self._say(engine.step())
+        if embedder is not None:
+            self._tell(embedder.step(engine.spare_s))
+
+    def _tell(self, over: list[Embedded | Rejected]) -> None:
+        if over:
+            self._said_s = time.monotonic()
+            self._link.send(*over)
 
     def _say(self, events: Events) -> None:
         """Tells what happened, and the room where it has changed or nothing was said for long."""
@@ -161,15 +173,26 @@ class Worker:
                 return
             block = False
             if isinstance(item, Cancel):
-                self._loaded.engine.cancel(item.job)
+                self._cancel(item.job)
                 continue
             if isinstance(item, Arrived):
                 self._hear_of_stages(item)
                 continue
             try:
-                self._loaded.engine.submit(item)
+                self._submit(item)
             except Refused as refusal:
                 self._link.send(Rejected(item.number, refusal.code, refusal.message))
+
+    def _submit(self, job: Job | EmbeddingJob) -> None:
+        """Raises Refused."""
+        if not isinstance(job, EmbeddingJob):
+            self._loaded.engine.submit(job)
+        elif self._loaded.embedder is not None:
+            self._loaded.embedder.submit(job)
+
+    def _cancel(self, number: int) -> None:
+        if not self._loaded.engine.cancel(number) and self._loaded.embedder is not None:
+            self._loaded.embedder.cancel(number)
 
     def _hear_of_stages(self, message: Arrived) -> None:
         ring = self._loaded.ring
@@ -192,8 +215,20 @@ class Worker:
             self._inbox.put(message)
         elif isinstance(message, Start):
             self._start(message)
+        elif isinstance(message, Embed):
+            self._embed(message)
         else:
             raise ConfigError(f"a worker has no use for {type(message).__name__}")
+
+    def _embed(self, order: Embed) -> None:
+        try:
+            if self._loaded.embedder is None:
+                raise Refused(Code.UNKNOWN_CARGO, "this Island makes no embeddings with this model")
+            self._inbox.put(self._loaded.embedder.prepare(order))
+        except Refused as refusal:
+            self._link.send(Rejected(order.job, refusal.code, refusal.message))
+        except ArchipelagError as error:
+            self._link.send(Rejected(order.job, Code.BAD_INPUT, str(error)[:500]))
 
     def _start(self, order: Start) -> None:
         preparer = self._loaded.preparer
@@ -253,10 +288,11 @@ def confine() -> None:
 
 
 def main() -> None:
-    descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
-    confine()
+    descriptor, parent = int(sys.argv[1]), int(sys.argv[2])  # parent: 0 inside a sandbox, which sees to all this
+    if parent:
+        confine()
     faulthandler.enable()  # lines of code, no values
-    if os.getppid() != parent:  # it ended before the signal was asked for
+    if parent and os.getppid() != parent:  # it ended before the signal was asked for
         os._exit(0)
     link = Link(socket.socket(fileno=descriptor))
     order = link.receive()

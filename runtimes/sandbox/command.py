@@ -96,7 +96,8 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What of this machine every program needs. ``symlinks``: target and place, such as ``usr/lib`` at ``/lib``."""
+    """What of this machine every program needs. ``symlinks``: target and place, such as ``usr/lib`` at ``/lib``. ``hidden``: files of /proc
+    that tell of more than the program's own namespaces."""
 
     python: str
     launcher: str
@@ -104,6 +105,7 @@ class Host:
     code: tuple[Bind, ...]
     symlinks: tuple[tuple[str, str], ...] = ()
     python_path: str = ""
+    hidden: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +182,8 @@ def _mounts(program: Program, tier: Tier, host: Host) -> Iterable[str]:
         yield from ("--ro-bind", bind.source, bind.target)
     for device in program.devices:
         yield from ("--dev-bind", device, device)
+    for path in host.hidden:
+        yield from ("--ro-bind", "/dev/null", path)
     # bubblewrap leaves / and /dev as writable file systems in memory without a limit of size, and /proc/sys to whoever owns its files
     # outside, which is the program where the node runs as root: by kernel.core_pattern it would have the whole machine.
     yield from ("--remount-ro", "/proc", "--remount-ro", "/dev", "--remount-ro", "/")

@@ -16,6 +16,7 @@ _PACKAGES = ("protocol", "privacy", "runtimes")  # what workers import; the node
 _LIBRARY_FOLDERS = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64")
 # Names of libraries, not configuration: the linker's cache, and the links by which Debian chooses a BLAS.
 _LINKER_FILES = ("/etc/ld.so.cache", "/etc/alternatives")
+_HIDDEN = ("/proc/keys", "/proc/key-users")  # the key rings of the node's user by name; their contents no program may ask for
 _SHARED_PREFIXES = ("/usr", "/usr/local", "/")  # there is more below these than Python
 
 
@@ -35,6 +36,7 @@ def host() -> Host:
         code=tuple(code) if not any(is_below(str(_ROOT), bind.source) for bind in binds) else (),
         symlinks=tuple((os.readlink(link), link) for link in links),
         python_path=str(_ROOT),
+        hidden=tuple(path for path in _HIDDEN if os.path.exists(path)),
     )
 
 

@@ -6,9 +6,10 @@ the cache itself holds can be found here, never a user's own file that lies else
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ from protocol import checks, limits
 from protocol.blobs import BlobKey, BlobTree, leaf_hash
 from runtimes.store.blob_partial import BlobPartial, stored_tree
 from runtimes.store.cache import Cache, StoredModel, known_hash, mark_of
-from runtimes.store.errors import FetchCancelled, WrongContent
+from runtimes.store.errors import DiskFull, FetchCancelled, WrongContent
 from runtimes.store.files import Cancelled, never, read_json, try_lock, write_json
 from runtimes.store.gguf_file import check_gguf
 from runtimes.store.progress import Progress, no_progress
 from runtimes.store.store import default_cache_dir, default_cap_bytes
+
+EMPTY_SHA256 = hashlib.sha256().hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +87,8 @@ class BlobStore:
         sha256 = digest if key is BlobKey.SHA256 else self._sha256_of(digest)
         if sha256 is None or not may(sha256):
             return None
-        model = self._model(sha256)
-        if model is None:
+        model = self.model(sha256)
+        if model is None or not 0 < model.bytes <= limits.BLOB_BYTES_MAX:
             return None
         tree_path = self._cache.path(sha256, ".tree")
         known = read_json(tree_path)
@@ -95,7 +98,8 @@ class BlobStore:
         self._roots[root] = sha256
         return StoredBlob(model, tree, root)
 
-    def _model(self, sha256: str) -> StoredModel | None:
+    def model(self, sha256: str) -> StoredModel | None:
+        """The file, if it is here and unchanged since it was verified. Makes no tree. Raises OSError."""
         path = self._cache.blob(sha256, "")
         note = self._cache.path(sha256, ".note")
         try:
@@ -104,8 +108,6 @@ class BlobStore:
             name = read_json(note).get("name")
             size = path.stat().st_size
         except FileNotFoundError:  # evicted while we looked
-            return None
-        if not 0 < size <= limits.BLOB_BYTES_MAX:
             return None
         return StoredModel(path, sha256, name if isinstance(name, str) else sha256[:12], size)
 
@@ -151,7 +153,33 @@ class BlobStore:
             finally:
                 os.close(descriptor)
 
+    def hold(self, model: StoredModel) -> AbstractContextManager[Path]:
+        """As ModelStore.hold."""
+        return self._cache.hold(model)
+
     # -- what comes in
+
+    def make_room(self, sizes: Mapping[str, int]) -> None:
+        """Evicts what is in the way of files that are still to come, by key and in bytes. Raises DiskFull where they do not fit beside what
+        is in use, on the disk or under the cap; OSError."""
+        wanted = sum(sizes.values())
+        partials = (self._cache.path(key, ".partial") for key in sizes)
+        there = sum(path.stat().st_blocks * 512 for path in partials if path.exists())
+        self._cache.make_room(wanted, min(there, wanted))
+        kept = sum(entry.model.bytes for entry in self._cache.entries())
+        if kept + wanted > self._cache.cap_bytes:
+            raise DiskFull(
+                f"{wanted:,} bytes are to be stored, the cache may hold {self._cache.cap_bytes:,} and {kept:,} of them are in use. Raise "
+                "ARCHIPELAG_CACHE_BYTES, or load fewer Cargos, and start again."
+            )
+
+    def add_empty(self, name: str) -> StoredModel:
+        """The file of no bytes, which nobody has to fetch. Raises DiskFull, OSError."""
+        growing = self._cache.path(EMPTY_SHA256, f".{os.getpid()}.tmp")
+        growing.touch(mode=0o600)
+        self._cache.add(growing, EMPTY_SHA256, "", name, "")
+        growing.unlink(missing_ok=True)
+        return StoredModel(self._cache.path(EMPTY_SHA256, ""), EMPTY_SHA256, name, 0)
 
     def try_fetching(self, key: str) -> AbstractContextManager[None] | None:
         """Held while the blob ``key`` is fetched; None while another does it, also a ModelStore of any process. Never blocks."""

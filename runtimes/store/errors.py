@@ -13,6 +13,10 @@ class WrongContent(FetchError):
     """The bytes are not the model: a wrong hash, a file cut short, or no model at all."""
 
 
+class SourceRefused(FetchError):
+    """A source that a stranger named, and that is not to be asked: no public address, no https."""
+
+
 class DiskFull(ConfigError):
     """There is no room for the model, on the disk or under the cap of the cache."""
 

@@ -21,13 +21,14 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 _LISTING_BYTES_MAX = 8 * 1024 * 1024
 
 
-def hub_token() -> str | None:
-    return os.environ.get("HF_TOKEN") or None
+def hub_token(policy: WebPolicy) -> str | None:
+    """The operator's, for what he names himself: a stranger's manifest does not read in his name."""
+    return None if policy.public is not None else os.environ.get("HF_TOKEN") or None
 
 
 def published_hash(url: str, client: httpx.Client, policy: WebPolicy) -> str | None:
     """The SHA-256 that the hub itself publishes for a large file, None where it does not. Raises FetchError."""
-    token = hub_token()
+    token = hub_token(policy)
     headers = {"authorization": f"Bearer {token}"} if token else {}
     for attempt in range(policy.tries):
         try:
@@ -51,7 +52,7 @@ def resolve_hub(source: HubSource, client: httpx.Client, policy: WebPolicy) -> s
 
 
 def _best_file(source: HubSource, endpoint: str, client: httpx.Client, policy: WebPolicy) -> str:
-    listing = get_json(client, f"{endpoint}/api/models/{source.repository}", policy, _LISTING_BYTES_MAX, hub_token())
+    listing = get_json(client, f"{endpoint}/api/models/{source.repository}", policy, _LISTING_BYTES_MAX, hub_token(policy))
     siblings = listing.get("siblings") if isinstance(listing, dict) else None
     if not isinstance(siblings, list):
         raise FetchError(

@@ -26,7 +26,7 @@ SCHEMES = frozenset({"file", "http", "https", "hf", "pypi", "peer"})
 QUANTISATIONS = ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q8_0")  # mission.md, Islands: the order of choice
 
 # What the cache calls its own files (store.py); a model's file may not be mistaken for one.
-RESERVED_SUFFIXES = frozenset({".note", ".origin", ".file", ".lock", ".partial", ".state", ".wheel", ".tmp"})
+RESERVED_SUFFIXES = frozenset({".note", ".tree", ".origin", ".file", ".lock", ".partial", ".state", ".wheel", ".tmp"})
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -117,8 +117,7 @@ class Origin:
     @property
     def suffix(self) -> str:
         """``.gguf`` of ``model.gguf.part03``; empty where there is none worth keeping."""
-        found = PurePosixPath(_PART_SUFFIX.sub("", self.parts[0].file_name.lower())).suffix
-        return found if _SUFFIX.fullmatch(found) and found not in RESERVED_SUFFIXES else ""
+        return suffix_of(_PART_SUFFIX.sub("", self.parts[0].file_name.lower()))
 
     @property
     def stem(self) -> str:
@@ -126,6 +125,12 @@ class Origin:
         name = PurePosixPath(_PART_SUFFIX.sub("", self.parts[0].file_name))
         stem = name.stem if _SUFFIX.fullmatch(name.suffix.lower()) else name.name
         return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip("._-")[:100] or "model"
+
+
+def suffix_of(name: str) -> str:
+    """The ending under which the cache keeps a file of that name; empty where there is none worth keeping."""
+    found = PurePosixPath(name.lower()).suffix
+    return found if _SUFFIX.fullmatch(found) and found not in RESERVED_SUFFIXES else ""
 
 
 def scheme_of(text: str) -> str | None:

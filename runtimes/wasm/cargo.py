@@ -1,320 +1,43 @@
-"""The node's side of a WASM Cargo: jobs over one or more lanes, each a worker process that runs one job at a time.
-
-    async with open_wasm_cargo(name=…, module=…, content_hash=…) as cargo:
-        async with cargo.run(input) as run:
-            async for line in run: ...
-
-Lines come as the module writes them; a module that writes faster than they are read waits. Its ``done`` is handed out only when it has
-ended well, so a run that gave a ``done`` is a good one. Every failure is a Refused: timeout for a job that took too long, worker_died,
-no_capacity, bad_input for an input that is no JSON object, and internal, which no other Island is asked about, where the Cargo is at fault.
-"""
+"""A WASM Cargo on the node's side: what is its own beside all Cargos of lines (runtimes/lines/cargo.py)."""
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import AsyncIterator
+import hashlib
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
-import trio
+from protocol import limits
+from protocol.errors import ConfigError
+from runtimes.lines.cargo import LineKind, LineLimits, LineWorkers, open_line_cargo
+from runtimes.lines.engine import LoadOrder
+from runtimes.lines.process import starts
+from runtimes.worker_process import Walls
 
-from protocol import checks, limits
-from protocol.cargo_io import ErrorLine, Line, LineReader, OutputLimits, decode_input
-from protocol.errors import Code, ConfigError, LocalProtocolError, Refused, RemoteProtocolError
-from runtimes.wasm.messages import Cancel, Ended, Load, Outcome, Output, Run, Taken
-from runtimes.wasm.process import Lane
-
-_GIVE_BACK_BYTES = limits.WASM_WINDOW_BYTES // 2
-_CODES = {Outcome.TIMED_OUT: Code.TIMEOUT, Outcome.INTERRUPTED: Code.CANCELLED}
-
-
-@dataclass(frozen=True, slots=True)
-class WasmLimits:
-    """Of one job. What is left out is the most that the runtime allows, or its default."""
-
-    timeout_s: float = limits.WASM_TIMEOUT_S
-    fuel: int = limits.WASM_FUEL_MAX
-    output_bytes: int = limits.CARGO_OUTPUT_BYTES_DEFAULT
-
-    def __post_init__(self) -> None:
-        checks.in_range("timeout_s", self.timeout_s, 0.001, limits.WASM_TIMEOUT_S)
-        checks.in_range("fuel", self.fuel, 1, limits.WASM_FUEL_MAX)
-        checks.in_range("output_bytes", self.output_bytes, 1, limits.CARGO_OUTPUT_BYTES_MAX)
-
-
-@dataclass(eq=False)
-class WasmRun:
-    """A running job: iterate it once. ``fuel_used`` and ``stderr`` (its beginning) are known at the end."""
-
-    number: int
-    lane: Lane
-    reader: LineReader
-    timeout_s: float
-    changed: trio.Event = field(default_factory=trio.Event)
-    lines: deque[Line] = field(default_factory=deque)
-    untold_bytes: int = 0  # read, and not yet given back to the worker
-    is_over: bool = False
-    refusal: Refused | None = None
-    fuel_used: int = 0
-    stderr: bytes = b""
-
-    def __repr__(self) -> str:
-        state = "failed" if self.refusal else "over" if self.is_over else "running"
-        return f"<WasmRun {self.number} {state}, {len(self.lines)} lines waiting>"
-
-    async def __aiter__(self) -> AsyncIterator[Line]:
-        while True:
-            while self.lines:
-                line = self.lines.popleft()
-                self._give_back()
-                yield line
-            if self.refusal is not None:
-                raise self.refusal
-            if self.is_over:
-                return
-            self.changed = trio.Event()
-            await self.changed.wait()
-
-    def _give_back(self) -> None:
-        """Lets the worker send more, once nothing waits here."""
-        if not self.lines and not self.is_over and self.untold_bytes >= _GIVE_BACK_BYTES:
-            self.lane.send_nowait(Taken(self.number, self.untold_bytes))
-            self.untold_bytes = 0
-
-    def hear(self, data: bytes) -> None:
-        """The next bytes of the output."""
-        try:
-            lines = self.reader.feed(data)
-        except RemoteProtocolError as error:
-            self.fail(Refused(Code.INTERNAL, str(error)))
-            return
-        self.untold_bytes += len(data)
-        self.lines.extend(line for line in lines if line is not self.reader.last)
-        self._give_back()
-        if self.lines:
-            self.changed.set()
-
-    def hear_end(self, message: Ended) -> None:
-        self.fuel_used, self.stderr = message.fuel_used, bytes(message.stderr)
-        try:
-            if message.outcome is Outcome.EXITED:
-                self.reader.finish()
-            last = self.reader.last
-            is_good = message.outcome is Outcome.EXITED and message.exit_code == 0
-            if last is None or not (is_good or isinstance(last, ErrorLine)):  # after its own error a Cargo may end as it likes
-                raise RemoteProtocolError(message.message)
-            self.lines.append(last)
-            self.finish()
-        except RemoteProtocolError as error:
-            code = _CODES.get(message.outcome, Code.INTERNAL)
-            self.fail(Refused(code, message.message or str(error)))
-
-    def fail(self, refusal: Refused) -> None:
-        self.refusal = self.refusal or refusal
-        self.finish()
-
-    def finish(self) -> None:
-        self.is_over = True
-        self.changed.set()
-
-
-@dataclass(eq=False, slots=True)
-class _Turn:
-    """Somebody who waits for a lane."""
-
-    come: trio.Event = field(default_factory=trio.Event)
-    lane: Lane | None = None
-
-
-class WasmCargo:
-    """A module in its workers. Made by ``open_wasm_cargo``."""
-
-    def __init__(self, order: Load, lanes: int, most: WasmLimits) -> None:
-        self._name, self._most = order.name, most
-        self._lanes = [Lane(order, self._hear, self._lane_changed) for _ in range(lanes)]
-        self._idle: deque[Lane] = deque()
-        self._runs: dict[Lane, WasmRun] = {}
-        self._waiting: deque[_Turn] = deque()
-        self._numbers = 0
-        self._changed = trio.Event()
-        self.content_hash = order.content_hash
-
-    def __repr__(self) -> str:
-        return f"<WasmCargo {self._name}, {len(self._idle)} of {len(self._lanes)} lanes idle, {len(self._waiting)} jobs waiting>"
-
-    @property
-    def alive(self) -> bool:
-        return any(lane.alive for lane in self._lanes)
-
-    @property
-    def engine(self) -> str:
-        """Build of the engine. Raises ConfigError before it is known."""
-        for lane in self._lanes:
-            if lane.loaded is not None:
-                return lane.loaded.engine
-        raise ConfigError(f"{self._name} was never loaded")
-
-    @property
-    def slots_free(self) -> int:
-        """Jobs that would run at once."""
-        return len(self._idle)
-
-    @property
-    def slots_total(self) -> int:
-        return len(self._lanes)
-
-    @property
-    def restarts(self) -> int:
-        return sum(lane.restarts for lane in self._lanes)
-
-    @property
-    def worker_pids(self) -> tuple[int, ...]:
-        return tuple(lane.worker_pid for lane in self._lanes if lane.alive)
-
-    async def wait_changed(self) -> None:
-        """Returns when ``slots_free`` or ``alive`` may differ from what it was."""
-        await self._changed.wait()
-
-    @asynccontextmanager
-    async def run(self, data: bytes, *, most: WasmLimits | None = None, seed: bytes = b"") -> AsyncIterator[WasmRun]:
-        """One job; entering returns when it runs. ``data``: one JSON object. ``seed``: of what random_get gives. Leaving ends the job at
-        once. Raises Refused."""
-        try:
-            decode_input(data)
-        except RemoteProtocolError as error:
-            raise Refused(Code.BAD_INPUT, str(error)) from None
-        lane = await self._admitted()
-        run = self._begin(lane, data, most or self._most, seed)
-        try:
-            yield run
-        finally:
-            self._leave(run)
-
-    async def _admitted(self) -> Lane:
-        """An idle lane, in the order of arrival. Raises Refused where too many wait."""
-        while True:
-            lane = self._idle.popleft() if self._idle else await self._handed()
-            if lane.alive:
-                return lane
-
-    async def _handed(self) -> Lane:
-        if len(self._waiting) >= limits.WASM_WAITING_MAX:
-            raise Refused(Code.NO_CAPACITY, f"{len(self._waiting)} jobs wait for {self._name} already")
-        turn = _Turn()
-        self._waiting.append(turn)
-        try:
-            await turn.come.wait()
-        except trio.Cancelled:
-            if turn.lane is not None:
-                self._release(turn.lane)
-            else:
-                self._waiting.remove(turn)
-            raise
-        if turn.lane is None:
-            raise LocalProtocolError("a turn came without a lane")
-        return turn.lane
-
-    def _release(self, lane: Lane) -> None:
-        """To who waits longest; idle where nobody does, so lanes are idle or jobs wait, never both."""
-        if self._waiting:
-            turn = self._waiting.popleft()
-            turn.lane = lane
-            turn.come.set()
-        elif lane.alive:
-            self._idle.append(lane)
-        self._notify()
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
-
-    def _begin(self, lane: Lane, data: bytes, most: WasmLimits, seed: bytes) -> WasmRun:
-        self._numbers += 1
-        reader = LineReader(OutputLimits(output_bytes=most.output_bytes))
-        run = self._runs[lane] = WasmRun(self._numbers, lane, reader, most.timeout_s)
-        lane.send_nowait(Run(run.number, most.fuel, max(1, int(1000 * most.timeout_s)), most.output_bytes, seed, data))
-        lane.expect_by(trio.current_time() + most.timeout_s + limits.WASM_OVERRUN_S)
-        return run
-
-    def _leave(self, run: WasmRun) -> None:
-        """Nobody reads it any more. The lane is idle again when its worker says so, or is ended if it does not."""
-        run.refusal = run.refusal or (None if run.is_over else Refused(Code.CANCELLED, "the job was cancelled"))
-        run.finish()
-        run.lines.clear()
-        if self._runs.get(run.lane) is run:
-            run.lane.send_nowait(Cancel(run.number))
-            run.lane.expect_by(trio.current_time() + limits.WASM_OVERRUN_S)
-
-    def _hear(self, lane: Lane, message: Any) -> None:
-        run = self._runs.get(lane)
-        if run is None or not isinstance(message, Output | Ended) or message.job != run.number:
-            raise RemoteProtocolError(f"a worker does not say {type(message).__name__} now")
-        if isinstance(message, Ended):
-            del self._runs[lane]
-            lane.expect_by(math.inf)
-            if not run.is_over:
-                run.hear_end(message)
-            self._release(lane)
-        elif not run.is_over:
-            run.hear(message.data)
-            if run.is_over:
-                self._stop(run)
-
-    def _stop(self, run: WasmRun) -> None:
-        """What it wrote has broken the contract."""
-        run.lane.send_nowait(Cancel(run.number))
-        run.lane.expect_by(trio.current_time() + limits.WASM_OVERRUN_S)
-
-    def _lane_changed(self, lane: Lane) -> None:
-        if lane.alive:
-            self._release(lane)
-        else:
-            self._bury(lane)
-            self._notify()
-
-    def _bury(self, lane: Lane) -> None:
-        if lane in self._idle:
-            self._idle.remove(lane)
-        run = self._runs.pop(lane, None)
-        if run is not None and not run.is_over:
-            if lane.has_overrun:
-                run.fail(Refused(Code.TIMEOUT, f"the module ran for more than {run.timeout_s:g} s, and its worker had to be ended"))
-            else:
-                run.fail(Refused(Code.WORKER_DIED, "the module's worker has ended"))
-
-    async def supervise(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keeps the workers alive until cancelled. Raises ConfigError where the module cannot be loaded."""
-        async with trio.open_nursery() as nursery:
-            for lane in self._lanes:
-                await nursery.start(lane.supervise)
-            task_status.started()
+WORKER = "runtimes.wasm.worker"
+MOST = LineLimits(limits.WASM_TIMEOUT_S, fuel=limits.WASM_FUEL_MAX)
 
 
 @asynccontextmanager
 async def open_wasm_cargo(
-    *, name: str, module: bytes, content_hash: str, lanes: int = 1, most: WasmLimits | None = None
-) -> AsyncIterator[WasmCargo]:
-    """A compiled module in a nursery of its own; its workers are ended when this is left. ``lanes``: jobs at a time. Raises ConfigError
-    with a sentence that says what to do when it cannot be loaded."""
-    if not 1 <= lanes <= limits.WASM_LANES_MAX:
-        raise LocalProtocolError(f"a Cargo has between 1 and {limits.WASM_LANES_MAX} lanes, not {lanes}")
+    *,
+    name: str,
+    module: bytes,
+    content_hash: str,
+    module_hash: str,
+    lanes: int = 1,
+    most: LineLimits = MOST,
+    walls: Walls | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> AsyncIterator[LineWorkers]:
+    """A compiled module in its workers. ``content_hash``: the Cargo's address; ``module_hash``: SHA-256 that the module must have.
+
+    Raises ConfigError with a sentence that says what to do when it cannot be loaded.
+    """
     if len(module) > limits.WASM_MODULE_BYTES_MAX:
         raise ConfigError(f"{name}: the module has {len(module)} bytes; at most {limits.WASM_MODULE_BYTES_MAX} are allowed")
-    cargo = WasmCargo(Load(name, content_hash, module), lanes, most or WasmLimits())
-    try:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(cargo.supervise)
-            yield cargo
-            nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        raise _only(group) from None
-
-
-def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The one error in a group of one: our nursery is not the caller's business."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
+    if hashlib.sha256(module).hexdigest() != module_hash:
+        raise ConfigError(f"{name}: the module is not the one that was signed: its SHA-256 is not {module_hash:.16}…; fetch it again")
+    order = LoadOrder(name, content_hash, entry="", options=options or {}, code=module)
+    async with open_line_cargo(LineKind("wasm", starts(WORKER, walls)), order, most=most, lanes=lanes, memory_bytes=len(module)) as cargo:
+        yield cargo

@@ -22,8 +22,9 @@ from wasmtime import ExportType, FuncType, MemoryType, TrapCode, ValType
 
 from protocol import checks, limits
 from protocol.errors import ConfigError, LocalProtocolError
+from runtimes.lines.engine import JobStopped
+from runtimes.lines.messages import Outcome
 from runtimes.wasm import wasi
-from runtimes.wasm.messages import Outcome
 
 _COMPILED_MAX = 64
 _GUARD_BYTES = 64 * 1024
@@ -59,10 +60,6 @@ class RunResult:
     @property
     def is_good(self) -> bool:
         return self.outcome is Outcome.EXITED and self.exit_code == 0
-
-
-class Interrupted(Exception):
-    """Raised by ``emit`` where it has waited in vain, since the job is to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +130,7 @@ class WasmEngine:
         self, compiled: Compiled, data: bytes, emit: Callable[[bytes], None], most: RunLimits | None = None, seed: bytes = b""
     ) -> RunResult:
         """Runs ``_start`` to its end. ``data``: stdin. ``emit``: called with pieces of stdout as they come; it may wait, and may raise
-        Interrupted. Never raises for what the module does. Raises LocalProtocolError where a job runs already."""
+        JobStopped. Never raises for what the module does. Raises LocalProtocolError where a job runs already."""
         most = most or RunLimits()
         job = wasi.Job(data, emit, most.output_bytes, seed)
         with self._owned(job), _store(self._engine, most.fuel) as store:
@@ -165,7 +162,7 @@ class WasmEngine:
             return Outcome.EXITED, f"the module ended with code {ended.code}" if ended.code else "", ended.code
         except wasi.OutputLimit:
             return Outcome.OUTPUT_LIMIT, f"the module wrote more than {job.output_bytes_max} bytes", 0
-        except Interrupted:
+        except JobStopped:
             return Outcome.INTERRUPTED, _INTERRUPTED, 0
         except wasmtime.Trap as trap:
             return _of_trap(trap)

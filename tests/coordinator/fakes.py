@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 import time
@@ -27,6 +28,7 @@ from privacy.keys import NodeKey
 from protocol import limits
 from protocol.ads import AD_VERSION, Ad, CargoOffer, Hardware, ShardOffer
 from protocol.book import Book, Entry
+from protocol.cargo_jobs import CargoInput
 from protocol.errors import ArchipelagError, Code, Refused
 from protocol.generation import (
     GENERATION,
@@ -44,6 +46,7 @@ from protocol.receipts import RECEIPT_VERSION, Ending, Receipt, sign_receipt
 from protocol.shards import LayerRange, ShardManifest
 from protocol.tickets import Delegation, Ticket, TicketGuard, ticket_hash
 from tests.coordinator import manifests
+from tests.coordinator.fake_lines import FakeLines, LinesRun
 
 NETWORK = "0123456789abcdef0123456789abcdef"
 COORDINATOR = NodeKey(bytes([9]) * 32)
@@ -159,6 +162,29 @@ class FakeIsland:
     open_now: int = 0
     open_max: int = 0
     cancelled: int = 0
+    lines: FakeLines | None = None
+
+    def lines_receipt(self, ticket: Ticket, raw: bytes, tokens: int, output_hash: bytes) -> bytes:
+        price = min(self.offers[0].ask.price(tokens, COMPUTE_MS), ticket.price_limit_micros)
+        return sign_receipt(
+            Receipt(
+                version=RECEIPT_VERSION,
+                network=NETWORK,
+                island=self.peer,
+                job_id=ticket.job_id,
+                ticket_hash=ticket_hash(raw),
+                content_hash=ticket.content_hash,
+                prompt_tokens=0,
+                cached_tokens=0,
+                sent_tokens=tokens,
+                output_hash=output_hash,
+                compute_ms=COMPUTE_MS,
+                price_micros=price,
+                finish_reason=Ending.STOP,
+                finished_at_ms=1,
+            ),
+            self.key,
+        )
 
     @property
     def peer(self) -> str:
@@ -301,9 +327,9 @@ class FakePort:
         self._changed = trio.Event()
 
     @asynccontextmanager
-    async def run_job(self, island: str, ticket: bytes, payload: bytes) -> AsyncIterator[_Run]:
+    async def run_job(self, island: str, ticket: bytes, payload: bytes | CargoInput) -> AsyncIterator[_Run | LinesRun]:
         it = self.islands[island]
-        script = it.script()
+        script = it.script() if isinstance(payload, bytes) else Script()
         if script.fail_open is not None:
             raise script.fail_open
         if not self.is_there(it):
@@ -311,13 +337,19 @@ class FakePort:
         admitted = self.guard(it).admit(ticket, self.holder, time.time_ns() // 1_000_000)
         if admitted.stages and admitted.stages[-1].layers not in it.shards:
             raise Refused(Code.UNKNOWN_CARGO, "these layers are not held here")
-        request = GENERATION.decode(payload)
-        it.requests.append(request)
+        run: _Run | LinesRun
+        if isinstance(payload, CargoInput):
+            assert it.lines is not None, "this Island's Cargo writes text"
+            run = LinesRun(it.lines.next(payload), functools.partial(it.lines_receipt, admitted, ticket))
+        else:
+            request = GENERATION.decode(payload)
+            it.requests.append(request)
+            run = _Run(self, it, script, request, admitted, ticket)
         it.tickets.append(admitted)
         it.open_now += 1
         it.open_max = max(it.open_max, it.open_now)
         try:
-            yield _Run(self, it, script, request, admitted, ticket)
+            yield run
         except trio.Cancelled:
             it.cancelled += 1
             raise

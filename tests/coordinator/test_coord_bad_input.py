@@ -29,6 +29,18 @@ def schema(**changes: Any) -> dict[str, Any]:
     return chat(response_format={"type": "json_schema", "json_schema": inner})
 
 
+def tool(**changes: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", **changes}}
+
+
+def call(**changes: Any) -> dict[str, Any]:
+    return {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}", **changes}}
+
+
+def calls(made: Any, role: str = "assistant") -> dict[str, Any]:
+    return chat(messages=[{"role": role, "content": "x", "tool_calls": made}])
+
+
 DEEP = "[" * 100_000 + "]" * 100_000
 
 # name -> body, status, param
@@ -74,14 +86,41 @@ CHAT: dict[str, tuple[Any, int, str | None]] = {
         400,
         "messages[0].content[0].type",
     ),
-    "a call of a tool": (
-        chat(messages=[{"role": "assistant", "content": "x", "tool_calls": [{}]}]),
+    "an empty call": (calls([{}]), 400, "messages[0].tool_calls[0].function"),
+    "calls are an object": (calls({"id": "1"}), 400, "messages[0].tool_calls"),
+    "129 calls": (calls([call()] * 129), 400, "messages[0].tool_calls"),
+    "arguments are an object": (calls([call(arguments={})]), 400, "messages[0].tool_calls[0].function.arguments"),
+    "half a pair in arguments": (
+        json.dumps(calls([call(arguments="\ud800")])).encode(),
         400,
-        "messages[0].tool_calls",
+        "messages[0].tool_calls[0].function.arguments",
     ),
-    "tools": (chat(tools=[{"type": "function"}]), 400, "tools"),
+    "arguments and content over the limit": (calls([call(arguments="x" * 32_767)]), 400, "messages[0].tool_calls"),
+    "a user's call": (calls([call()], role="user"), 400, "messages[0].tool_calls"),
+    "a call's long id": (calls([{**call(), "id": "x" * 129}]), 400, "messages[0].tool_calls[0].id"),
+    "a result's id is a number": (chat(messages=[{"role": "tool", "content": "x", "tool_call_id": 1}]), 400, "messages[0].tool_call_id"),
+    "tools are an object": (chat(tools={"type": "function"}), 400, "tools"),
+    "a tool is a text": (chat(tools=["f"]), 400, "tools[0]"),
+    "a tool without a function": (chat(tools=[{"type": "function"}]), 400, "tools[0].function"),
+    "a tool of another type": (chat(tools=[{"type": "custom", "custom": {"name": "f"}}]), 400, "tools[0].type"),
+    "a tool without a name": (chat(tools=[tool(name=None)]), 400, "tools[0].function.name"),
+    "a tool's name has a space": (chat(tools=[tool(name="two words")]), 400, "tools[0].function.name"),
+    "parameters are a text": (chat(tools=[tool(parameters="{}")]), 400, "tools[0].function.parameters"),
+    "parameters over 64 KiB": (chat(tools=[tool(parameters={"description": "x" * 65_536})]), 400, "tools[0].function.parameters"),
+    "a description is a number": (chat(tools=[tool(description=1)]), 400, "tools[0].function.description"),
+    "strict is a text": (chat(tools=[tool(strict="yes")]), 400, "tools[0].function.strict"),
+    "129 tools": (chat(tools=[tool(name=f"t{n}") for n in range(129)]), 400, "tools"),
+    "tools of one name": (chat(tools=[tool(), tool()]), 400, "tools"),
+    "tools over 256 KiB": (chat(tools=[tool(name=f"t{n}", description="x" * 30_000) for n in range(9)]), 400, "tools"),
     "functions": (chat(functions=[{"name": "f"}]), 400, "functions"),
+    "function_call": (chat(function_call={"name": "f"}), 400, "function_call"),
     "tool_choice required": (chat(tool_choice="required"), 400, "tool_choice"),
+    "tool_choice of no tool": (chat(tools=[tool()], tool_choice={"type": "function", "function": {"name": "g"}}), 400, "tool_choice"),
+    "tool_choice of another type": (chat(tools=[tool()], tool_choice={"type": "allowed_tools"}), 400, "tool_choice.type"),
+    "tool_choice unknown": (chat(tools=[tool()], tool_choice="sometimes"), 400, "tool_choice"),
+    "tool_choice is a list": (chat(tools=[tool()], tool_choice=["auto"]), 400, "tool_choice"),
+    "parallel_tool_calls is a number": (chat(tools=[tool()], parallel_tool_calls=1), 400, "parallel_tool_calls"),
+    "tools and a format": (chat(tools=[tool()], response_format={"type": "json_object"}), 400, "response_format"),
     "audio": (chat(modalities=["text", "audio"]), 400, "modalities"),
     "max_tokens 0": (chat(max_tokens=0), 400, "max_tokens"),
     "max_tokens -1": (chat(max_tokens=-1), 400, "max_tokens"),

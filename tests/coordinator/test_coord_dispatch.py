@@ -18,6 +18,7 @@ from coordinator.placement import Placer
 from coordinator.statistics import Statistics
 from coordinator.tickets import TicketIssuer
 from protocol import limits
+from protocol.cargo_jobs import CargoInput
 from protocol.errors import Code, Refused
 from protocol.generation import ChatMessage, FinishReason, GenerationRequest, Role, Sampling
 from tests.coordinator.fakes import COORDINATOR, HASH_B, NETWORK, FakeIsland, FakePort, Script, island, offer
@@ -358,7 +359,7 @@ async def test_a_bug_of_the_port_fails_one_job_and_shows_no_prompt(caplog: pytes
     prompt = "-".join(["a", "sec" + "ret"])
 
     class Broken(FakePort):
-        def run_job(self, island: str, ticket: bytes, payload: bytes) -> Any:
+        def run_job(self, island: str, ticket: bytes, payload: bytes | CargoInput) -> Any:
             raise ValueError(prompt)
 
     b = bench(first())

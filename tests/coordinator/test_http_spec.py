@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,13 +12,17 @@ from coordinator.books.errors import Why
 from coordinator.books.jobs import Job, JobState
 from coordinator.books.queries import AccountView, IslandView, KeyRecord
 from coordinator.exchange.quotes import QuoteFault
-from coordinator.http import account_routes, errors, job_routes
+from coordinator.http import account_routes, embeddings, errors, images, job_events, job_routes
 from coordinator.http.app import Api
+from coordinator.http.line_answers import LineAnswer
 from coordinator.job_board import JobEvent, StateChange
-from coordinator.jobs import Text
+from coordinator.jobs import ChoiceResult, Said, Text
 from coordinator.keys import GRACE_MAX_S, GRACE_S, REMEMBERED_S, KeyFault
 from coordinator.upkeep import BEAT_S, DEAD_S
+from protocol import limits
+from protocol.cargo_io import DoneLine, ImageLine, ProgressLine, StatusLine, Usage
 from protocol.errors import Code
+from protocol.generation import FinishReason
 from tests.coordinator.desks import opened, url_of
 
 PAGE = (Path(__file__).parents[2] / "specs" / "http-api.md").read_text()
@@ -34,7 +39,7 @@ async def test_all_routes_stand_on_the_page_and_no_other(tmp_path: Path) -> None
         }
     written = set(_ROUTE.findall(PAGE))
     openai = {(method, path) for method, path in written if path.startswith("/v1/")}
-    assert len(openai) == 4
+    assert len(openai) == 7
     assert served == written | {(method, f"/api{path}") for method, path in openai}
 
 
@@ -54,9 +59,9 @@ def test_events_of_a_job() -> None:
         Text(0, "one two"),
         StateChange(JobState.SUCCEEDED),
     ]
-    assert b"".join(map(job_routes.sse, said)).decode().strip() == example.strip()
+    assert b"".join(map(job_events.sse, said)).decode().strip() == example.strip()
     named = re.findall(r"^\| `(\w+)` \| `(?:state|content)`", PAGE, re.MULTILINE)
-    failed = job_routes.sse(StateChange(JobState.FAILED, "timeout", "…"))
+    failed = job_events.sse(StateChange(JobState.FAILED, "timeout", "…"))
     assert named == ["state", "chunk", "complete", "error"] and failed.startswith(b"event: error\n")
 
 
@@ -83,6 +88,24 @@ def test_fields_of_accounts_keys_and_islands() -> None:
     assert "`state` is `{}`, `{}` or `{}`".format(*states) in PAGE and f"at others after {REMEMBERED_S:g} s" in PAGE
     assert all(f"`{fault.value}`" in PAGE for fault in KeyFault)
     assert f"`{{grace_s}}`: {GRACE_S:,.0f} unless given, at most {GRACE_MAX_S / 86_400:.0f} days" in PAGE
+
+
+def test_limits_of_embeddings_and_pictures() -> None:
+    written = dict(re.findall(r"^\| `(\w+)` \| ([0-9,]+) \|", PAGE, re.MULTILINE))
+    named = {"TEXTS_MAX": embeddings.TEXTS_MAX, "RESULT_RETENTION_S": int(limits.RESULT_RETENTION_S)}
+    for name in ("PROMPT_CHARS_MAX", "IMAGES_MAX", "SIDE_PX_MAX", "STEPS_MAX", "GUIDANCE_MAX"):
+        named[name] = int(getattr(images, name))
+    assert {name: int(written[name].replace(",", "")) for name in named} == named
+
+
+def test_events_of_a_stream_of_pictures() -> None:
+    image = ImageLine("aGVsbG8=", "png", 2, 3)
+    answer = LineAnswer("m", "j", 1)
+    result = ChoiceResult(0, FinishReason.STOP, ("i",), ("e",), 0, 0, 0, 0, 0, 0, done=DoneLine(Usage(1, 0)))
+    told = images.ImageStream(answer).feed([Said(0, ProgressLine(1, 2)), Said(0, StatusLine("x")), Said(0, image), result]).decode()
+    for name, data in re.findall(r"event: (\S+)\ndata: (.*)\n", told):
+        (row,) = re.findall(rf"^\| `{re.escape(name)}` \| (.*) \|$", PAGE, re.MULTILINE)
+        assert json.loads(data).pop("type") == name and set(re.findall(r"`(\w+)`", row)) | {"type"} == set(json.loads(data))
 
 
 def _braced(before: str) -> list[str]:

@@ -82,7 +82,7 @@ def test_logprobs_nest() -> None:
 
 
 @pytest.mark.parametrize(
-    "packed", [b"", b"\xc1", msgpack.packb(7), msgpack.packb([]), msgpack.packb([2, []]), msgpack.packb([1, []])[:-1]]
+    "packed", [b"", b"\xc1", msgpack.packb(7), msgpack.packb([]), msgpack.packb([1, []]), msgpack.packb([2, []])[:-1]]
 )
 def test_bytes_of_something_else(packed: bytes) -> None:
     with pytest.raises(ValueError):

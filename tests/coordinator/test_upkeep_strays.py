@@ -16,7 +16,7 @@ from coordinator.books.books import open_books
 from coordinator.books.jobs import Job, JobState
 from coordinator.desk import Order
 from coordinator.exchange.bids import Work
-from coordinator.http.job_routes import job_order
+from coordinator.http.job_input import job_order
 from coordinator.http.terms import Terms
 from coordinator.keys import ACCOUNT_DEFAULT
 from privacy.keys import cache_salt
@@ -47,6 +47,10 @@ async def lose_the_answer(running: Running, order: Order, change: Callable[[Job]
     await running.server.books.do(dataclasses.replace(opening, job=change(opening.job)))
 
 
+def damaged(job: Job) -> Job:
+    return dataclasses.replace(job, input=job.input[:-1] + bytes([job.input[-1] ^ 1]))
+
+
 async def ended(running: Running, job_id: str) -> Job:
     with trio.fail_after(10):
         while not (job := await row(running, job_id)).ended:
@@ -70,7 +74,7 @@ async def test_a_chat_that_nobody_runs_fails_and_its_hold_is_released(tmp_path: 
 
 async def test_a_job_that_cannot_be_read_any_more_fails_at_once(tmp_path: Path) -> None:
     async with opened(url_of(tmp_path), island(1)) as running:
-        await lose_the_answer(running, order_of("stray"), lambda job: dataclasses.replace(job, input=job.input[:-1] + bytes([job.input[-1] ^ 1])))
+        await lose_the_answer(running, order_of("stray"), damaged)
         job = await ended(running, "stray")
         assert (job.state, job.error_code) == (JobState.FAILED, "coordinator_lost")
 

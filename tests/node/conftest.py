@@ -21,7 +21,7 @@ from protocol.generation import GENERATION, GenerationRequest
 from protocol.messages import JOB, JOB_PROTOCOL
 from protocol.prices import Ask
 from protocol.tickets import TICKET_VERSION, Delegation, Ticket, TicketGuard, network_id_of, sign_ticket
-from runtimes.base import LoadedCargo
+from runtimes.base import Loaded
 from runtimes.echo import EchoCargo
 
 BOOT = 1_000
@@ -65,7 +65,7 @@ class Pair:
     links: Links
     server: JobServer
     guard: TicketGuard
-    cargo: LoadedCargo
+    cargo: Loaded
     network: str
     claims: KeptClaims
     _nonces: itertools.count[int] = field(default_factory=itertools.count)
@@ -100,7 +100,7 @@ def prompt(text: str, **changes: object) -> bytes:
 
 
 @asynccontextmanager
-async def open_pair(cargo: LoadedCargo | None = None, ask: Ask = Ask(per_job=7)) -> AsyncIterator[Pair]:  # noqa: B008
+async def open_pair(cargo: Loaded | None = None, ask: Ask = Ask(per_job=7)) -> AsyncIterator[Pair]:  # noqa: B008
     holder_key, island_key = NodeKey(b"h" * 32), NodeKey(b"i" * 32)
     network = network_id_of(b"n" * 32)
     guard = TicketGuard(island_key.peer_id, BOOT, network)

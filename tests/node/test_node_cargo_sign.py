@@ -14,13 +14,16 @@ import pytest
 from node.cargo_folder import CARGO_FILE, read_folder
 from node.cli import EXIT_CONFIG, main
 from node.datadir import DataDir
+from protocol.blobs import tree_of
 from protocol.cargos import CargoManifest, Runtime, read_cargo, read_manifest, sign_cargo
 from protocol.errors import ConfigError
 from protocol.prices import Ask
+from runtimes.catalogue import CATALOGUE
 from tests.protocol.samples import ISLAND, OTHER
 
 Run = Callable[..., int]
 CONTENT = b"\0asm-like bytes"
+MIB = 1024 * 1024
 
 
 @pytest.fixture
@@ -75,7 +78,8 @@ def test_from_a_folder_to_a_signed_cargo(
     assert cargo.address in capsys.readouterr().out
     assert run("show", str(signed)) == 0
     told = capsys.readouterr().out
-    assert all(text in told for text in ("text-stats 0.1.0", key.peer_id, "0.001+0+0", file.sha256, "never"))
+    assert file.root == tree_of([CONTENT]).root()
+    assert all(text in told for text in ("text-stats 0.1.0", key.peer_id, "0.001+0+0", file.sha256, f"root {file.root}", "never"))
     assert run("show", "text-stats/text-stats-0.1.0.manifest") == 0 and capsys.readouterr().out == told
 
 
@@ -162,6 +166,39 @@ def test_what_lies_elsewhere_needs_its_hash(run: Run, signed: Path) -> None:
     ]
 
 
+def test_what_lies_elsewhere_and_is_large_needs_its_root(run: Run, signed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of models of the catalogue it is known."""
+    entry = CATALOGUE["smollm2-135m"]
+    for digest, root, known in (("ab" * 32, "", ""), ("ab" * 32, "cd" * 32, "cd" * 32), (entry.sha256, "", entry.root)):
+        more = f'root = "{root}"\n' if root else ""
+        file = f'[files."model.bin"]\nsha256 = "{digest}"\nsize_bytes = 2000000\n{more}\n'
+        edit('[files."module.wasm"]', file + '[files."module.wasm"]')
+        assert run("build", "text-stats") == (0 if known else EXIT_CONFIG)
+        if known:
+            manifest = read_manifest(Path("text-stats/text-stats-0.1.0.manifest").read_bytes())
+            assert manifest.files[0].root == known
+        else:
+            assert "needs its root" in error_of(capsys)
+        edit(file, "")
+
+
+def test_a_root_of_another_file_is_found_out(run: Run, signed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cargo = read_cargo(signed.read_bytes())
+    (file,) = cargo.manifest.files
+    key = DataDir.open(Path("pub")).key("publisher")
+    signed.write_bytes(sign_cargo(replace(cargo.manifest, files=(replace(file, root="ab" * 32),)), key))
+    assert run("verify", str(signed)) == 0
+    assert run("verify", str(signed), "--folder", "text-stats") == 1 and "module.wasm has the root" in error_of(capsys)
+
+
+def test_the_root_is_that_of_the_chunks(run: Run, signed: Path) -> None:
+    data = bytes(range(256)) * 4096 * 2 + b"more"
+    Path("text-stats/module.wasm").write_bytes(data)
+    assert run("build", "text-stats") == 0
+    (file,) = read_manifest(Path("text-stats/text-stats-0.1.0.manifest").read_bytes()).files
+    assert file.root == tree_of([data[:MIB], data[MIB : 2 * MIB], data[2 * MIB :]]).root()
+
+
 BAD: list[tuple[str, str, str]] = [
     ('name = "text-stats"', 'name = "Text Stats"', "name"),
     ('name = "text-stats"', "", "name is missing"),
@@ -185,6 +222,7 @@ BAD: list[tuple[str, str, str]] = [
     ("sources = []", 'sources = ["http://example.org"]', "source"),
     ("sources = []", "sources = 5", "sources"),
     ("sources = []", f'sha256 = "{"ab" * 32}"', "another hash"),
+    ("sources = []", f'root = "{"ab" * 32}"', "another root"),
     ('[files."module.wasm"]', '[files."../module.wasm"]', "path"),
     ('[files."module.wasm"]', '[files."/etc/passwd"]', "path"),
     ('[files."module.wasm"]', '[files."missing.wasm"]', "cannot read missing.wasm"),

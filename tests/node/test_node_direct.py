@@ -85,7 +85,7 @@ async def raw_holder(kit: Any, pair: Any, text: str = SENTENCE, **changes: Any) 
     async with await pair.holder.open(pair.island_key.peer_id, JOB_PROTOCOL, JOB) as stream:
         await stream.send(Hello(PROTOCOL_VERSION, NodeRole.CONSUMER, pair.network, "raw"))
         assert isinstance(await stream.receive(), Hello)
-        await stream.send(JobOpen(1, ticket, kit.prompt(text)))
+        await stream.send(JobOpen(1, ticket, input=kit.prompt(text)))
         yield RawHolder(pair, stream, ticket)
 
 
@@ -322,7 +322,7 @@ async def test_counts_may_come_when_the_job_is_over(kit: Any, monkeypatch: pytes
         await pair.claims.wait_final(holder.ticket)
         await holder.sign()
         await holder.stream.send(JobCancel(1))
-        await holder.stream.send(JobOpen(2, pair.sealed(count_every=10), kit.prompt("still here")))
+        await holder.stream.send(JobOpen(2, pair.sealed(count_every=10), input=kit.prompt("still here")))
         assert isinstance(await holder.next(), JobAccepted), "the stream lives on"
 
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import trio
 
 from node import holding
+from node.blobs_served import BlobServer
 from node.bookkeeper import now_ms
+from node.cargo_store import CargoStore, open_cargo_store
 from node.datadir import DataDir
-from node.holding import Held, HoldSettings, ShardHolder
+from node.holding import Held, HoldSettings, ShardHolder, bring_from_peers
 from node.jobs_served import island_hello
 from node.net.host import Host, open_host
 from node.stages_served import Neighbours, StageServer
 from node.trust import Pins
 from privacy.keys import NodeKey
+from protocol.blobs import BLOB, BLOB_PROTOCOL
 from protocol.errors import Code, ConfigError, LinkLost, Refused
 from protocol.hold import HOLD, HOLD_PROTOCOL, DropShard, HoldProgress, HoldRefused, HoldShard, ShardHeld
 from protocol.messages import PROTOCOL_VERSION, Hello, NodeRole
@@ -29,9 +33,11 @@ from protocol.shards import LayerRange, ShardManifest
 from protocol.tickets import Delegation, TicketGuard, network_id_of, sign_delegation
 from runtimes.gguf.messages import Ready
 from runtimes.gguf.shard import cut, make_manifest
-from runtimes.gguf.shard_store import ShardStore
+from runtimes.gguf.shard_store import ShardStore, is_public
 from runtimes.manifests import catalogue_manifests
-from runtimes.store import ModelStore
+from runtimes.store import ModelStore, no_progress
+from runtimes.store.blob_store import BlobStore
+from runtimes.store.cache import Cache
 from tests.node.stage_net import wait_until
 from tests.runtimes.gguf.tiny_models import TINY, write_tiny
 
@@ -485,6 +491,100 @@ def test_files_in_a_shard_dir_that_are_none(
     digest = cut(path, folder / "b-good.gguf", half, manifest.model_sha256)
     with store(tmp_path, folder).obtain(manifest, half) as found:
         assert found.sha256 == digest
+
+
+# -- shards from other Islands
+
+
+HALF = LayerRange(0, 2)
+
+
+def with_shard(tiny: tuple[Path, ShardManifest], folder: Path) -> tuple[Path, ShardManifest]:
+    """A shard's file and a manifest that names it, without any source."""
+    path, manifest = tiny
+    shard = folder / "shard.bin"
+    digest = cut(path, shard, HALF, manifest.model_sha256)
+    named = {"shard_layers": (HALF,), "shard_hashes": (digest,), "shard_bytes": (shard.stat().st_size,), "shard_urls": ("",)}
+    return shard, replace(manifest, model_sources=(), **named)  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def giving(folder: Path, files: Sequence[Path]) -> AsyncIterator[tuple[CargoStore, BlobServer]]:
+    """A store in ``folder / "mine"`` whose one neighbour gives these files away."""
+    cache = Cache(folder / "theirs", 2**30)
+    for file in files:
+        copy = folder / "copy"
+        copy.write_bytes(file.read_bytes())
+        cache.add(copy, hashlib.sha256(copy.read_bytes()).hexdigest(), ".gguf", "test", "test")
+
+    def hello() -> Hello:
+        return island_hello(NETWORK, "test")
+
+    async with open_host(STRANGER.seed) as giver, open_host(ISLAND.seed) as island:
+        server = BlobServer(BlobStore(folder / "theirs", 2**30), hello)
+        giver.set_handler(BLOB_PROTOCOL, BLOB, server.serve)
+        await island.connect(giver.addresses()[0])
+        yield open_cargo_store(island, hello, list, lambda peer: (), folder / "mine", 2**30), server
+
+
+def held_of(manifest: ShardManifest, layers: LayerRange = HALF) -> Held:
+    return Held(manifest, layers, CELLS, NEEDED)
+
+
+async def bring(files: CargoStore, folder: Path, held: Held) -> tuple[str, ShardStore]:
+    ours = ShardStore(ModelStore(folder / "mine"))
+    with trio.fail_after(20):
+        return await bring_from_peers(files, held, ours, no_progress), ours
+
+
+async def test_a_shard_that_another_island_has_comes_from_there(tiny: tuple[Path, ShardManifest], tmp_path: Path) -> None:
+    shard, manifest = with_shard(tiny, tmp_path)
+    async with giving(tmp_path, [shard, tiny[0]]) as (files, server):
+        came_from, ours = await bring(files, tmp_path, held_of(manifest))
+        assert came_from == "peers" and server.bytes_total == files.counts.bytes_from_peers == shard.stat().st_size
+        with ours.obtain(manifest, HALF) as found:
+            assert found.path.read_bytes() == shard.read_bytes() and found.sha256 == manifest.shard_hashes[0]
+        assert await bring(files, tmp_path, held_of(manifest)) == ("", ANY), "what is here is not asked for"
+        assert server.bytes_total == shard.stat().st_size
+
+
+async def test_without_the_shard_the_model_comes_and_is_cut(tiny: tuple[Path, ShardManifest], tmp_path: Path) -> None:
+    shard, manifest = with_shard(tiny, tmp_path)
+    async with giving(tmp_path, [tiny[0]]) as (files, _):
+        came_from, ours = await bring(files, tmp_path, held_of(manifest))
+        assert came_from == "cut of a model from peers" and files.counts.bytes_from_peers == manifest.model_bytes
+        with ours.obtain(manifest, HALF) as found:
+            assert found.path.read_bytes() == shard.read_bytes() and found.came_from == "cut"
+        with ours.obtain(manifest, HALF) as found:
+            assert found.came_from == "cache"
+        entries = {entry.model.sha256: entry.in_use for entry in ModelStore(tmp_path / "mine").list()}
+        assert set(entries) == {manifest.model_sha256, found.sha256}, "a shard counts towards the cap like any other file"
+
+
+async def test_a_shard_is_held_while_it_is_loaded(tiny: tuple[Path, ShardManifest], tmp_path: Path) -> None:
+    manifest = tiny[1]
+    ours = ShardStore(ModelStore(tmp_path / "mine"), own_manifest=True)
+    with ours.obtain(manifest, HALF) as found:
+        assert ModelStore(tmp_path / "mine").evict(0) == [] and found.path.exists()
+    assert len(ModelStore(tmp_path / "mine").evict(0)) == 1 and not found.path.exists()
+    with ours.obtain(manifest, HALF) as again:
+        assert again == found and again.came_from == "cut"
+
+
+async def test_nobody_has_it_and_all_is_as_without_peers(tiny: tuple[Path, ShardManifest], tmp_path: Path) -> None:
+    _, manifest = with_shard(tiny, tmp_path)
+    async with giving(tmp_path, []) as (files, _):
+        came_from, ours = await bring(files, tmp_path, held_of(manifest))
+        assert came_from == "" and files.counts.failed == 2
+        with pytest.raises(ConfigError, match="names no source"), ours.obtain(manifest, HALF):
+            pass
+
+
+def test_what_is_cut_of_a_private_model_stays_here(tiny: tuple[Path, ShardManifest]) -> None:
+    manifest = tiny[1]
+    assert not is_public(manifest) and not is_public(replace(manifest, model_sources=()))
+    assert not is_public(replace(manifest, model_sources=("https://a/b", "file:///c")))
+    assert is_public(replace(manifest, model_sources=("https://a/b", "hf:a/b"))) and is_public(MANIFEST)
 
 
 async def test_an_order_without_a_source_is_refused_by_the_real_loader(tiny: tuple[Path, ShardManifest], tmp_path: Path) -> None:

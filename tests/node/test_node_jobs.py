@@ -183,7 +183,7 @@ async def test_a_bug_in_one_job_ends_that_job_only(kit: Any, caplog: pytest.LogC
 async def test_a_ticket_that_belongs_to_another_peer(kit: Any) -> None:
     async with kit.open_pair() as pair:
         stream = await _raw_stream(pair)
-        await stream.send(JobOpen(1, pair.sealed(holder=NodeKey(b"x" * 32).peer_id, count_every=8), kit.prompt("x")))
+        await stream.send(JobOpen(1, pair.sealed(holder=NodeKey(b"x" * 32).peer_id, count_every=8), input=kit.prompt("x")))
         answer = await stream.receive()
         assert isinstance(answer, JobFailed) and answer.code is Code.BAD_TICKET and "another peer" in answer.message
         assert pair.server.counts.started == 0 and pair.guard.refused == 1
@@ -205,8 +205,8 @@ async def test_a_peer_that_breaks_the_protocol_loses_its_stream_only(kit: Any, c
         else:
             stream = await _raw_stream(pair)
         if case == "number reused":
-            await stream.send(JobOpen(1, pair.sealed(), kit.prompt("x")))
-            await stream.send(JobOpen(1, pair.sealed(), kit.prompt("x")))
+            await stream.send(JobOpen(1, pair.sealed(), input=kit.prompt("x")))
+            await stream.send(JobOpen(1, pair.sealed(), input=kit.prompt("x")))
         elif case == "chunk from the holder":
             await stream.send(JobChunk(1, 0, "x", b"", bytes(4)))
         elif case == "cancel of nothing":

@@ -8,15 +8,26 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import openai
 import pytest
+import trio
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 
+from node.cargo_store import CargoStore, FileWanted, of_catalogue, open_cargo_store
+from node.commands.status import _lines
 from node.control import ask_node
+from node.jobs_served import island_hello
 from node.localnet import LocalNetwork, LocalNode
+from node.net.host import Host, open_host
+from protocol.messages import Hello
+from runtimes.catalogue import CATALOGUE
+from runtimes.store import FetchError
+from tests.protocol import samples
 
 MODEL = "smollm2-135m"
 SYSTEM: ChatCompletionMessageParam = {"role": "system", "content": "You are a helpful AI assistant."}
@@ -223,3 +234,44 @@ def test_who_hangs_up_frees_slot_and_cells_within_a_second(running: Running) -> 
     answer.close()
     connection.close()
     assert running.wait_idle() < 1.0
+
+
+# The model as a file
+
+
+async def test_the_model_is_given_to_islands_of_the_network_and_to_nobody_else(running: Running, tmp_path: Path) -> None:
+    status = ask_node(str(running.island.data_dir), "status")
+    entry = CATALOGUE[MODEL]
+    offer = samples.offer(content_hash=entry.sha256)
+    ad = replace(samples.ad(offers=(offer,)), peer=running.peer_id)
+
+    def store(host: Host, network: str) -> CargoStore:
+        def hello() -> Hello:
+            return island_hello(network, "test")
+
+        return open_cargo_store(host, hello, lambda: [ad], lambda peer: status["addresses"], tmp_path / network, 2**30)
+
+    async with open_host(b"b" * 32, ["/ip4/127.0.0.1/tcp/0"]) as host:
+        with trio.fail_after(60):
+            with pytest.raises(FetchError):
+                await store(host, "n-of-somebody-else").bring(replace(of_catalogue(entry), sources=()))
+            kin = store(host, status["network"])
+            await kin.bring(replace(of_catalogue(entry), sources=()))
+            assert kin.store.model(entry.sha256) is not None and kin.counts.bytes_from_peers == entry.size_bytes
+            with pytest.raises(FetchError, match="unknown_blob"):
+                await kin.bring(FileWanted("other", "ab" * 32, 5))
+    files = ask_node(str(running.island.data_dir), "status")["files"]
+    assert files["bytes_served"] == entry.size_bytes
+    assert f"bytes_served {entry.size_bytes}" in "\n".join(_lines(ask_node(str(running.island.data_dir), "status")))
+
+
+def test_what_an_island_brings_is_shown(running: Running) -> None:
+    status = ask_node(str(running.island.data_dir), "status")
+    status["loading"] = [
+        {"name": "a", "address": "ab" * 32, "done_bytes": 5_000_000, "total_bytes": 20_000_000},
+        {"name": "b", "address": "cd" * 32, "done_bytes": 5_000_000, "total_bytes": 0},
+    ]
+    status["files"]["bad_peers"] = {"12D3Liar": "sent a chunk 3 that is not the blob's"}
+    told = _lines(status)
+    assert "loading    a: 5 of 20 MB (25 %)" in told and "loading    b: 5 MB" in told
+    assert "  refused  12D3Liar: sent a chunk 3 that is not the blob's" in told

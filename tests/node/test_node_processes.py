@@ -291,7 +291,7 @@ def test_one_node_a_data_folder(network: LocalNetwork) -> None:
         (("start", "--listen", "nonsense", "--coordinator", "http://127.0.0.1:1"), "is not an address"),
         (("start", "--memory-limit", "much"), "is no size"),
         (("start", "--ask", "echo=1e3"), "a price is a number"),
-        (("start", "--cargo", "no-such-model"), "no-such-model"),
+        (("start", "--cargo", "no_such_model"), "no_such_model"),
         (("start", "--threads", "0"), "--threads"),
         (("start", "--context", "-5"), "--context"),
         (("start", "--cargo", "echo", "--ready-file", "/no/such/folder/ready"), "--ready-file"),

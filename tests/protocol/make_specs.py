@@ -16,6 +16,7 @@ from protocol import (
     ads,
     blobs,
     book,
+    cargo_news,
     cargos,
     counts,
     direct,
@@ -37,6 +38,7 @@ _MODULES = (
     ads,
     blobs,
     book,
+    cargo_news,
     cargos,
     counts,
     direct,
@@ -50,7 +52,7 @@ _MODULES = (
     stage_messages,
     tickets,
 )
-REGISTRIES = (messages.JOB, messages.ADS, stage_messages.STAGE, hold.HOLD, direct.SETTLE, direct.DESK, blobs.BLOB)
+REGISTRIES = (messages.JOB, messages.ADS, stage_messages.STAGE, hold.HOLD, direct.SETTLE, direct.DESK, blobs.BLOB, cargo_news.CARGOS)
 _SCHEMA = re.compile(r"<!-- schema: ([\w ]+) -->\n```\n.*?```\n", re.DOTALL)
 _TRANSITIONS = re.compile(r"<!-- transitions -->\n(?:\|.*\n)*")
 _CODES = re.compile(r"<!-- codes -->\n(?:\|.*\n)*")
@@ -58,6 +60,7 @@ _CODES = re.compile(r"<!-- codes -->\n(?:\|.*\n)*")
 # When an Island gives this code; the table's other columns come from the code.
 CODE_MEANINGS: dict[errors.Code, str] = {
     errors.Code.BAD_INPUT: "the input is no valid request for this Cargo: a schema that is none, a prompt that the template refuses",
+    errors.Code.NO_TOOLS: "the request brings tools, and the model's chat template has no place for them or writes calls in an unknown way",
     errors.Code.BAD_TICKET: "the ticket is missing, forged, expired, used, or for somebody or something else",
     errors.Code.UNKNOWN_CARGO: "the Cargo of the ticket is not loaded here, or has another content hash",
     errors.Code.CONTEXT_LENGTH: "prompt and answer together do not fit into the model's context",
@@ -70,6 +73,7 @@ CODE_MEANINGS: dict[errors.Code, str] = {
     errors.Code.LEASE_LOST: "said by the holder to itself when the Island has said nothing of the job for LEASE_S",
     errors.Code.UNSIGNED: "the holder has not signed for what it got, and no more leaves without",
     errors.Code.TIMEOUT: "the job took longer than it may",
+    errors.Code.CARGO_FAILED: "the Cargo itself is at fault: what it said, or that what it wrote is no line",
     errors.Code.INTERNAL: "a bug on the Island; its log knows more",
 }
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import msgpack
 
-from protocol import ads, blobs, counts, limits, messages, receipts, shards, tickets
+from protocol import ads, blobs, cargo_news, counts, limits, messages, receipts, shards, tickets
 from protocol.blobs import BlobTree
 from protocol.envelope import Label, seal
 from protocol.framing import encode_frame
 from protocol.generation import GENERATION, pack_tokens
 from protocol.prices import Ask
 from protocol.shards import LayerRange
-from tests.protocol import samples
+from tests.protocol import cargo_samples, samples
 from tests.protocol.samples import (
     BOOT_MS,
     COORDINATOR,
@@ -175,7 +175,7 @@ def envelopes() -> list[Vector]:
 def ads_vectors() -> list[Vector]:
     ad = samples.ad()
     data = ads.sign_ad(ad, ISLAND)
-    bare: dict[str, Any] = {"offers": (), "paths": (), "addresses": (), "runtimes": (), "shards": ()}
+    bare: dict[str, Any] = {"offers": (), "paths": (), "addresses": (), "runtimes": (), "shards": (), "loading": ()}
     plainest = samples.ad(**bare, draining=True, default_ask=Ask(), memory_free_bytes=0)
     nan = msgpack.unpackb(msgpack.unpackb(data)[2])
     nan[13][0][13] = float("nan")
@@ -516,7 +516,7 @@ def jobs() -> list[Vector]:
             job, _, more = rest.partition(",")
             step, _, count = more.partition("+")
             entry: dict[str, Any] = {"message": name, "job": int(job or 1)}
-            if name == "JobChunk":
+            if name in ("JobChunk", "JobLines", "JobMore"):  # of lines: bytes
                 entry |= {"step": int(step or 0), "tokens": int(count or 1)}
             out.append(entry)
         return out
@@ -541,6 +541,11 @@ def jobs() -> list[Vector]:
         "a count before a cancel, and one behind it": "JobOpen JobAccepted JobChunk JobCount JobCancel JobCount JobFailed",
         "renewed": "JobOpen JobAccepted JobAlive JobChunk JobAlive JobAlive JobDone",
         "renewed after a cancel": "JobOpen JobAccepted JobCancel JobAlive JobFailed",
+        "lines": "JobOpenLines JobAccepted JobLines:1,0+30 JobLines:1,30+2 JobDone",
+        "lines as they are taken": "JobOpenLines JobAccepted JobLines:1,0+262144 JobMore:1,0+262144 JobLines:1,262144+1 JobDone",
+        "lines in a frame that is larger than the room": "JobOpenLines JobAccepted JobLines:1,0+400000 JobMore:1,0+400000 JobDone",
+        "lines of which one took after the end": "JobOpenLines JobAccepted JobLines:1,0+9 JobDone JobMore:1,0+9",
+        "a cancel while lines come": "JobOpenLines JobAccepted JobLines:1,0+9 JobCancel JobLines:1,9+9 JobMore:1,0+18 JobFailed",
         "numbers may skip": "JobOpen:3 JobFailed:3 JobOpen:9 JobFailed:9",
     }
     refused = {
@@ -569,6 +574,14 @@ def jobs() -> list[Vector]:
         "a count of nothing": "JobCount",
         "a count of a withdrawn job": "JobOpen JobCancel JobCount",
         "renewed before it was accepted": "JobOpen JobAlive",
+        "lines for a text": "JobOpen JobAccepted JobLines:1,0+9",
+        "a text for lines": "JobOpenLines JobAccepted JobChunk",
+        "lines before it was accepted": "JobOpenLines JobLines:1,0+9",
+        "lines that were lost": "JobOpenLines JobAccepted JobLines:1,9+9",
+        "lines that are repeated": "JobOpenLines JobAccepted JobLines:1,0+9 JobLines:1,0+9",
+        "lines beyond the room": "JobOpenLines JobAccepted JobLines:1,0+262144 JobLines:1,262144+1",
+        "more taken than was sent": "JobOpenLines JobAccepted JobLines:1,0+9 JobMore:1,0+10",
+        "taken before it was accepted": "JobOpenLines JobMore:1,0+1",
         "renewed after the end": "JobOpen JobAccepted JobDone JobAlive",
     }
     out: list[Vector] = [{"name": name, "said": said(text), "expect": "ok"} for name, text in ok.items()]
@@ -622,6 +635,10 @@ def generations() -> list[Vector]:
         ),
         "cut": data[:-1],
     }
+    tools = samples.generation_with_tools()
+    data = GENERATION.encode(tools)
+    out.append({"name": "chat with tools", "bytes": data.hex(), "expect": "ok", "fields": plain(tools)})
+    bad["a tool chosen that is none"] = data.replace(b"\xa7weather\xc2", b"\xa7weathex\xc2")
     return out + [{"name": name, "bytes": wrong.hex(), "expect": "refused"} for name, wrong in bad.items()]
 
 
@@ -648,9 +665,51 @@ def blob_vectors() -> list[Vector]:
     return [*out, {"name": "half a leaf", "size": 1, "leaves": bytes(16).hex(), "expect": "refused"}]
 
 
+def notices() -> list[Vector]:
+    """Each is read by a node of the network at a time."""
+    year_ms = int(limits.DELEGATION_LIFETIME_S * 1000)
+    one, end_ms = cargo_samples.cargo(), samples.delegation().expires_at_ms
+    listed, killed, revoked = cargo_samples.listed(one), cargo_samples.killed(one), cargo_samples.revoked(one)
+    good = {
+        "a Cargo": (listed, NOW_MS),
+        "a Cargo whose Coordinator is one no longer": (listed, end_ms + 1),
+        "a publisher's revocation": (revoked, NOW_MS),
+        "a publisher's revocation of all": (cargo_samples.revoked(one, whole_key=True), NOW_MS),
+        "a kill switch": (killed, NOW_MS),
+        "a kill switch of long ago": (killed, end_ms + year_ms),
+    }
+    out: list[Vector] = []
+    for name, (notice, now_ms) in good.items():
+        told = cargo_news.read_notice(notice, NETWORK, now_ms)
+        shown = {"notice": cargo_news.NOTICE.encode(notice).hex(), "now_ms": now_ms, "expect": "ok"}
+        out.append({"name": name, **shown, "key": told.key.hex(), "coordinator": told.coordinator})
+    foreign = cargo_samples.signed_delegation(COORDINATOR, OTHER, network=tickets.network_id_of(OTHER.public_key))
+    other = cargo_samples.cargo(release="2.0.0")
+    bad = {
+        "no listing": dataclasses.replace(listed, listing=b""),
+        "no delegation": dataclasses.replace(listed, delegation=b""),
+        "the listing of another Cargo": dataclasses.replace(listed, listing=cargo_samples.listing(other.address)),
+        "a listing by a stranger": dataclasses.replace(listed, listing=cargo_samples.listing(one.address, OTHER)),
+        "a delegation of another network": dataclasses.replace(listed, delegation=foreign),
+        "a listing from the future": dataclasses.replace(
+            listed, listing=cargo_samples.listing(one.address, at_ms=NOW_MS + SKEW_MS + 1)
+        ),
+        "a Cargo that was altered": dataclasses.replace(listed, envelope=repacked(one.envelope, 3, bytes(64))),
+        "a kill switch by a stranger": dataclasses.replace(cargo_samples.killed(one, OTHER), delegation=killed.delegation),
+        "a kill switch without a delegation": dataclasses.replace(killed, delegation=b""),
+        "a kill switch of another network": cargo_samples.killed(one, network="0" * 32),
+        "a delegation that is not needed": dataclasses.replace(revoked, delegation=killed.delegation),
+        "a Cargo as a revocation": dataclasses.replace(revoked, envelope=one.envelope),
+    }
+    return out + [
+        {"name": name, "notice": cargo_news.NOTICE.encode(notice).hex(), "now_ms": NOW_MS, "expect": "refused"}
+        for name, notice in bad.items()
+    ]
+
+
 ABOUT = {
     "keys": (keys, "Seeds, the Ed25519 public keys they give, and the names made of them."),
-    "frames": (frames, "Frames of the seven stream protocols, bytes to message; an incomplete one has to wait for more."),
+    "frames": (frames, "Frames of the eight stream protocols, bytes to message; an incomplete one has to wait for more."),
     "envelopes": (envelopes, "Envelopes opened under a label."),
     "ads": (ads_vectors, "Ads read at a time."),
     "losses": (losses, "Notices of loss read at a time."),
@@ -664,6 +723,7 @@ ABOUT = {
     "jobs": (jobs, "Conversations about jobs; in a refused one the last message is the wrong one."),
     "prices": (prices, "Text to micro-credits and back, and the price of a job."),
     "generations": (generations, "Inputs of text Cargos."),
+    "notices": (notices, "What is told about Cargos, read by a node of the network at a time."),
     "blobs": (blob_vectors, "Trees of blobs and their roots; content is the SHA-256 of 0, 1, 2, … as u32, joined and cut."),
 }
 

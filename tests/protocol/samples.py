@@ -7,10 +7,33 @@ from dataclasses import replace
 from typing import Any
 
 from privacy.keys import NodeKey
-from protocol import ads, blobs, counts, direct, hold, limits, messages, receipts, shards, stage_messages, tickets
+from protocol import (
+    ads,
+    blobs,
+    cargo_news,
+    counts,
+    direct,
+    hold,
+    limits,
+    messages,
+    receipts,
+    shards,
+    stage_messages,
+    tickets,
+)
 from protocol.activations import Activations
 from protocol.errors import Code
-from protocol.generation import ChatMessage, FinishReason, GenerationRequest, Role, Sampling, pack_tokens
+from protocol.generation import (
+    ChatMessage,
+    FinishReason,
+    GenerationRequest,
+    Role,
+    Sampling,
+    Tool,
+    ToolCall,
+    ToolChoice,
+    pack_tokens,
+)
 from protocol.prices import Ask
 from protocol.shards import LayerRange
 
@@ -97,6 +120,9 @@ def ad(signer: NodeKey = ISLAND, **changes: Any) -> ads.Ad:
         paths=(ads.PathMeasure(COORDINATOR.peer_id, 1_200),),
         shards=(shard(),),
         memory_free_bytes=2 * 2**30,
+        loading=(ads.CargoLoading("text-stats", "ee" * 32, 1_000_000, 3_000_000),),
+        sandbox="namespaces+seccomp",
+        sandbox_reason="bubblewrap was tried and holds",
     )
     return replace(fields, **changes)
 
@@ -207,6 +233,27 @@ def count(**changes: Any) -> counts.Count:
     return replace(fields, **changes)
 
 
+def generation_with_tools(**changes: Any) -> GenerationRequest:
+    call = ToolCall("call_1", "weather", '{"city":"Bern"}')
+    fields = GenerationRequest(
+        messages=(
+            ChatMessage(Role.USER, "Is it warm in Bern?"),
+            ChatMessage(Role.ASSISTANT, "", tool_calls=(call,)),
+            ChatMessage(Role.TOOL, "21 °C", tool_call_id="call_1"),
+        ),
+        max_tokens=64,
+        sampling=Sampling(temperature=0.0, seed=7),
+        tools=(
+            Tool("weather", "The weather in a city.", '{"type":"object","properties":{"city":{"type":"string"}}}'),
+            Tool("now"),
+        ),
+        tool_choice=ToolChoice.NAMED,
+        tool="weather",
+        parallel_calls=False,
+    )
+    return replace(fields, **changes)
+
+
 def output_hash(tokens: int) -> bytes:
     """Of the ids 0, 1, 2, …"""
     return hashlib.sha256(pack_tokens(list(range(tokens)))).digest()
@@ -225,7 +272,7 @@ def generation(**changes: Any) -> GenerationRequest:
 
 JOB_MESSAGES: tuple[Any, ...] = (
     messages.Hello(1, messages.NodeRole.ISLAND, NETWORK, "archipelag/0.1.0"),
-    messages.JobOpen(1, b"ticket", b"input"),
+    messages.JobOpen(1, b"ticket", input=b"input"),
     messages.JobAccepted(1, "gguf/1", 30, 10),
     messages.JobChunk(1, 0, "Pa", b"", pack_tokens([5, 6])),
     messages.JobDone(
@@ -247,6 +294,8 @@ JOB_MESSAGES: tuple[Any, ...] = (
     messages.RouteMended(1, b"ticket"),
     messages.JobCount(1, b"count"),
     messages.JobAlive(1),
+    messages.JobLines(1, 0, 1, b'{"type":"token","content":"Pa"}\n'),
+    messages.JobMore(1, 65_536),
 )
 ADS_MESSAGES: tuple[Any, ...] = (
     messages.Hello(1, messages.NodeRole.COORDINATOR, NETWORK, "archipelag/0.1.0", b"delegation"),
@@ -345,6 +394,12 @@ BLOB_MESSAGES: tuple[Any, ...] = (
     blobs.Chunk(3, 0, b"the only chunk"),
     blobs.BlobRefused(4, blobs.BlobCode.OUT_OF_RANGE, "the blob has 1 chunks"),
 )
+CARGOS_MESSAGES: tuple[Any, ...] = (
+    messages.Hello(1, messages.NodeRole.ISLAND, NETWORK, "archipelag/0.1.0"),
+    cargo_news.CargosWanted(cargo_news.About.CARGO, b"\x01" * 32, b"\x03" * 32, b"\x02" * 32 + b"\x03" * 32),
+    cargo_news.CargosKnown((cargo_news.Notice(cargo_news.About.CARGO, b"envelope", b"listing", b"delegation"),), True),
+    cargo_news.CargoNews((cargo_news.Notice(cargo_news.About.REVOCATION, b"envelope"),)),
+)
 REGISTRIES = (
     (messages.JOB, JOB_MESSAGES),
     (messages.ADS, ADS_MESSAGES),
@@ -353,4 +408,5 @@ REGISTRIES = (
     (direct.SETTLE, SETTLE_MESSAGES),
     (direct.DESK, DESK_MESSAGES),
     (blobs.BLOB, BLOB_MESSAGES),
+    (cargo_news.CARGOS, CARGOS_MESSAGES),
 )

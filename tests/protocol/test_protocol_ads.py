@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import msgpack
 import pytest
 
 from protocol import limits
-from protocol.ads import AD_VERSION, CargoOffer, Gpu, Hardware, PathMeasure, read_ad, read_lost, sign_ad, sign_lost
+from protocol.ads import (
+    AD_VERSION,
+    CargoLoading,
+    CargoOffer,
+    Gpu,
+    Hardware,
+    PathMeasure,
+    read_ad,
+    read_lost,
+    sign_ad,
+    sign_lost,
+)
 from protocol.envelope import Label, seal
 from protocol.errors import LocalProtocolError, RemoteProtocolError, SignatureError
 from protocol.prices import Ask
@@ -89,6 +100,35 @@ BAD_AD: list[dict[str, Any]] = [
 def test_an_ad_checks_itself(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         samples.ad(**change)
+
+
+LOADING = CargoLoading("text-stats", "ee" * 32, 5, 10)
+BAD_LOADING: list[dict[str, Any]] = [
+    {"name": "two words"},
+    {"address": "ee"},
+    {"done_bytes": -1},
+    {"done_bytes": 11},
+    {"total_bytes": -1},
+    {"total_bytes": 2**50 + 1},
+]
+
+
+@pytest.mark.parametrize("change", BAD_LOADING, ids=lambda change: next(iter(change)))
+def test_what_is_loading_checks_itself(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        replace(LOADING, **change)
+
+
+def test_of_a_download_whose_size_nobody_knows_only_what_came_is_said() -> None:
+    assert replace(LOADING, total_bytes=0).done_bytes == 5
+
+
+def test_an_ad_names_a_few_downloads_each_once() -> None:
+    many = tuple(replace(LOADING, address=f"{number:064x}") for number in range(limits.AD_LOADING_MAX + 1))
+    assert samples.ad(loading=many[:-1]).loading == many[:-1]
+    for loading in (many, (LOADING, LOADING)):
+        with pytest.raises(ValueError, match="loading"):
+            samples.ad(loading=loading)
 
 
 BAD_OFFER: list[dict[str, Any]] = [

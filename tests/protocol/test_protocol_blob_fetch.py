@@ -434,3 +434,51 @@ def test_a_large_blob_is_planned_quickly() -> None:
     for _ in range(2000):
         plan.steps(0.0)
     assert plan._peers["nothing"].found_nothing_at == plan._returns
+
+
+# Peers that are slow together
+
+
+def test_sources_help_out_while_the_peers_together_are_slow() -> None:
+    plan = BlobFetch(100)
+    plan.joined("a", None, 0.0)
+    plan.joined(SOURCES, None, 0.0)
+    (of_a,) = asks(plan)
+    assert of_a.peer == "a"
+    assert asks(plan, blob_fetch.SOURCES_AFTER_S - 0.1) == [], "it has not had its time yet"
+    (of_sources,) = asks(plan, blob_fetch.SOURCES_AFTER_S + 0.1)
+    assert (of_sources.peer, of_sources.first) == (SOURCES, FIRST), "behind what the slow one owes"
+    assert asks(plan, blob_fetch.SOURCES_AFTER_S + 0.2) == [], "one request at a time"
+    now_s = blob_fetch.SOURCES_AFTER_S + 0.3
+    give(plan, of_sources, now_s)
+    for turn in range(of_a.count):  # the peer has found its feet
+        assert plan.arrived("a", of_a.request, turn, now_s)
+        plan.verified("a", turn)
+        plan.ready("a", now_s)
+    for _ in range(20):
+        for ask in asks(plan, now_s):
+            if ask.peer == "a":
+                for index in range(ask.first, ask.first + ask.count):
+                    now_s += 0.01
+                    plan.arrived("a", ask.request, index, now_s)
+                    plan.verified("a", index)
+                    plan.ready("a", now_s)
+            else:
+                give(plan, ask, now_s)
+    assert plan.is_done and plan.came["a"] > 50, "then it is asked, and the sources are left in peace"
+
+
+def test_quick_peers_need_no_help() -> None:
+    plan = BlobFetch(500)
+    plan.joined("a", None, 0.0)
+    plan.joined(SOURCES, None, 0.0)
+    now_s = 0.0
+    while not plan.is_done:
+        for ask in asks(plan, now_s):
+            assert ask.peer == "a"
+            for index in range(ask.first, ask.first + ask.count):
+                now_s += 0.05
+                plan.arrived("a", ask.request, index, now_s)
+                plan.verified("a", index)
+                plan.ready("a", now_s)
+    assert now_s > 2 * blob_fetch.SOURCES_AFTER_S

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import fields, replace
 from typing import Any
 
@@ -134,7 +135,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("files", (MODULE, file(path="MODULE.wasm")), "twice"),
     ("files", (MODULE, file(path="module.wasm/x")), "folder"),
     ("files", tuple(file(path=f"f{n}") for n in range(limits.CARGO_FILES_MAX + 1)), "files"),
-    ("files", (file(size_bytes=2**42), file(path="b", size_bytes=1)), "together"),
+    ("files", tuple(file(path=f"f{n}", size_bytes=2**38, root="ef" * 32) for n in range(17)), "together"),
     ("trust_level", 4, "trust_level"),
     ("trust_level", -1, "trust_level"),
     ("licence", "", "licence"),
@@ -220,13 +221,28 @@ def test_a_public_manifest_names_public_sources(source: str) -> None:
         {"sha256": "AB" * 32},
         {"sha256": ""},
         {"size_bytes": -1},
-        {"size_bytes": 2**42 + 1},
+        {"size_bytes": limits.BLOB_BYTES_MAX + 1},
         {"sources": ("peer:a",) * 257},
+        {"root": "EF" * 32},
+        {"root": "ef"},
     ],
 )
 def test_a_file_that_is_none(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         file(**changes)
+
+
+def test_who_needs_a_root() -> None:
+    """A peer's first bad chunk has to show; of a file of one chunk the hash shows it as soon."""
+    root, nothing = "ef" * 32, hashlib.sha256().hexdigest()
+    one_chunk = limits.BLOB_CHUNK_BYTES
+    assert file(size_bytes=one_chunk).root == "" and file(size_bytes=one_chunk + 1, root=root).root == root
+    assert file(size_bytes=0, sha256=nothing).root == ""
+    with pytest.raises(ValueError, match="needs the root"):
+        file(size_bytes=one_chunk + 1)
+    for changes in ({"sha256": nothing, "root": root}, {"sha256": "ab" * 32}):
+        with pytest.raises(ValueError, match="no bytes"):
+            file(size_bytes=0, **changes)
 
 
 IMAGE = "docker.io/library/debian@sha256:" + "ab" * 32

@@ -111,7 +111,7 @@ def test_stopping_between_two_messages_keeps_the_second() -> None:
 
 
 def test_a_frame_has_its_lengths_in_front() -> None:
-    frame = encode_frame(messages.JOB, messages.JobOpen(1, b"t", b"body"))
+    frame = encode_frame(messages.JOB, messages.JobOpen(1, b"t", input=b"body"))
     header, body = parse_prefix(frame[:PREFIX_BYTES])
     assert frame[PREFIX_BYTES + header :] == b"body" and body == 4
     assert len(frame) == PREFIX_BYTES + header + body
@@ -120,7 +120,7 @@ def test_a_frame_has_its_lengths_in_front() -> None:
 def test_too_large_a_message_is_our_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "FRAME_BODY_BYTES_MAX", 3)
     with pytest.raises(LocalProtocolError, match="too large"):
-        encode_frame(messages.JOB, messages.JobOpen(1, b"t", b"body"))
+        encode_frame(messages.JOB, messages.JobOpen(1, b"t", input=b"body"))
 
 
 def test_every_message_at_its_limits_fits_into_a_frame() -> None:
@@ -133,7 +133,7 @@ def test_every_message_at_its_limits_fits_into_a_frame() -> None:
     chunk = "é" * (limits.JOB_CHUNK_TEXT_BYTES_MAX // 2)
     largest = [
         (messages.JOB, messages.Hello(1000, messages.NodeRole.COORDINATOR, name, name, envelope)),
-        (messages.JOB, messages.JobOpen(2**53, envelope, bytes(limits.JOB_INPUT_BYTES_MAX))),
+        (messages.JOB, messages.JobOpen(2**53, envelope, input=bytes(limits.JOB_INPUT_BYTES_MAX))),
         (
             messages.JOB,
             messages.JobChunk(2**53, 4096, chunk, bytes(limits.JOB_CHUNK_LOGPROBS_BYTES_MAX), bytes(4 * 4096)),

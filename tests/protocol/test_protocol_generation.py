@@ -17,6 +17,9 @@ from protocol.generation import (
     OutputFormat,
     Role,
     Sampling,
+    Tool,
+    ToolCall,
+    ToolChoice,
     pack_tokens,
     unpack_tokens,
 )
@@ -62,6 +65,15 @@ BAD: list[dict[str, Any]] = [
     {"output_format": OutputFormat.JSON_SCHEMA, "schema": "\ud800"},
     {"resume": b"123"},
     {"resume": bytes(4 * 65)},
+    {"tools": tuple(Tool(f"t{n}") for n in range(129))},
+    {"tools": (Tool("twice"), Tool("twice"))},
+    {"tools": tuple(Tool(f"t{n}", parameters="x" * 65_536) for n in range(4))},
+    {"tools": (Tool("t"),), "tool_choice": ToolChoice.NAMED},
+    {"tools": (Tool("t"),), "tool_choice": ToolChoice.NAMED, "tool": "other"},
+    {"tools": (Tool("t"),), "tool": "t"},
+    {"tool_choice": ToolChoice.REQUIRED},
+    {"tools": (Tool("t"),), "output_format": OutputFormat.JSON_OBJECT},
+    {"tools": (Tool("t"),), "messages": (), "prompt": "x"},
 ]
 
 
@@ -102,6 +114,38 @@ def test_sampling_checks_itself(change: dict[str, Any]) -> None:
 def test_a_message_checks_itself(content: str, name: str) -> None:
     with pytest.raises(ValueError):
         ChatMessage(Role.USER, content, name)
+
+
+def test_tools_come_through() -> None:
+    request = samples.generation_with_tools()
+    assert GENERATION.decode(GENERATION.encode(request)) == request
+    plain = samples.generation_with_tools(tools=(), tool_choice=ToolChoice.AUTO, tool="")
+    assert request.input_chars - plain.input_chars == sum(tool.chars for tool in request.tools), "they become a part of the prompt"
+    assert plain.input_chars == sum(map(len, ("Is it warm in Bern?", "weather", '{"city":"Bern"}', "21 °C")))
+
+
+@pytest.mark.parametrize("name", ["", "two words", "x" * 65, "naïve", "a\n"])
+def test_names_of_tools(name: str) -> None:
+    with pytest.raises(ValueError, match="a tool's name"):
+        Tool(name)
+    with pytest.raises(ValueError, match="a tool's name"):
+        ToolCall("1", name, "{}")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"role": Role.USER, "tool_calls": (ToolCall("1", "f", "{}"),)},
+        {"role": Role.ASSISTANT, "tool_call_id": "1"},
+        {"role": Role.TOOL, "tool_call_id": "x" * 129},
+        {"role": Role.ASSISTANT, "tool_calls": (ToolCall("1", "f", "{}"),) * 129},
+        {"role": Role.ASSISTANT, "content": "x" * 32_765, "tool_calls": (ToolCall("1", "f", "{}"), ToolCall("2", "g", ""))},
+    ],
+    ids=["a user's call", "an assistant's result", "a long id", "many calls", "long together"],
+)
+def test_messages_with_calls_check_themselves(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        ChatMessage(**{"content": "", **fields})
 
 
 def test_unknown_roles_are_refused() -> None:

@@ -25,6 +25,8 @@ from protocol.messages import (
     JobCount,
     JobDone,
     JobFailed,
+    JobLines,
+    JobMore,
     JobOpen,
     NodeRole,
     RouteBroken,
@@ -32,11 +34,12 @@ from protocol.messages import (
 )
 
 KINDS = list(SENT_BY)
+LINE = b'{"type":"token","content":"x"}\n'
 
 
 def message(kind: type[Any], job: int = 1, step: int = 0, tokens: int = 1) -> Any:
     made: dict[type[Any], Any] = {
-        JobOpen: lambda: JobOpen(job, b"ticket", b"input"),
+        JobOpen: lambda: JobOpen(job, b"ticket", input=b"input"),
         JobAccepted: lambda: JobAccepted(job, "echo/1", 3, 0),
         JobChunk: lambda: JobChunk(job, step, "x", b"", pack_tokens(list(range(step, step + tokens)))),
         JobDone: lambda: JobDone(job, FinishReason.STOP, "", 3, 0, step, 1, 1, b""),
@@ -46,6 +49,8 @@ def message(kind: type[Any], job: int = 1, step: int = 0, tokens: int = 1) -> An
         RouteMended: lambda: RouteMended(job, b"ticket"),
         JobCount: lambda: JobCount(job, b"count"),
         JobAlive: lambda: JobAlive(job),
+        JobLines: lambda: JobLines(job, step, 1, LINE),
+        JobMore: lambda: JobMore(job, 1),
     }
     return made[kind]()
 
@@ -132,9 +137,20 @@ def test_a_cancel_may_cross_everything_that_the_island_says() -> None:
     assert pair.states() == (JobState.ENDED, JobState.ENDED)
 
 
-def into(state: JobState, job: int = 1) -> Pair:
-    """A pair that agrees on this state."""
+OF_LINES = (JobLines, JobMore)
+
+
+def into(state: JobState, job: int = 1, lines: bool = False) -> Pair:
+    """A pair that agrees on this state, of a job whose first line has come where it gives ``lines``."""
     pair = Pair()
+    if lines and state is not JobState.IDLE:
+        pair.say_and_move(JobOpen(job, b"ticket", bytes(16), b"{}"))
+        if state in (JobState.RUNNING, JobState.CANCELLING, JobState.ENDED):
+            pair.say_and_move(message(JobAccepted, job), JobLines(job, 0, 1, LINE))
+        ends = {JobState.WITHDRAWN: JobCancel, JobState.CANCELLING: JobCancel, JobState.ENDED: JobFailed}
+        if state in ends:
+            pair.say_and_move(message(ends[state], job))
+        return pair
     way: dict[JobState, list[type[Any]]] = {
         JobState.IDLE: [],
         JobState.OPENING: [JobOpen],
@@ -155,9 +171,11 @@ ALL = [(state, kind, side) for state in JobState for kind in KINDS for side in S
     ("state", "kind", "side"), ALL, ids=lambda value: getattr(value, "name", None) or value.__name__
 )
 def test_every_move_is_in_the_table_or_is_refused_by_both_ends(state: JobState, kind: type[Any], side: Side) -> None:
-    said = message(kind)
+    lines = kind in OF_LINES
+    said = message(kind, step=len(LINE) if lines else 0)
     legal = (state, kind) in TRANSITIONS and SENT_BY[kind] is side
-    sender, receiver = into(state).end(side), into(state).end(Side.ISLAND if side is Side.HOLDER else Side.HOLDER)
+    sender = into(state, lines=lines).end(side)
+    receiver = into(state, lines=lines).end(Side.ISLAND if side is Side.HOLDER else Side.HOLDER)
     if legal:
         sender.send(said)
         receiver.receive(said)
@@ -177,7 +195,7 @@ def test_the_table_is_sound() -> None:
     for (state, kind), following in TRANSITIONS.items():
         assert following is not JobState.IDLE
         if state is JobState.ENDED:
-            assert kind in (JobCancel, RouteMended, JobCount) and following is JobState.ENDED
+            assert kind in (JobCancel, RouteMended, JobCount, JobMore) and following is JobState.ENDED
     for state in (JobState.OPENING, JobState.RUNNING, JobState.WITHDRAWN, JobState.CANCELLING):
         assert TRANSITIONS[state, JobFailed] is JobState.ENDED
     assert {kind for _, kind in TRANSITIONS} == set(SENT_BY)
@@ -325,7 +343,7 @@ def _say_something(pair: Pair, alive: dict[int, int], chance: random.Random) -> 
     if chance.random() < 0.1 and pair.holder.state(job) in (JobState.OPENING, JobState.RUNNING):
         pair.say(message(JobCancel, job))
         return
-    kinds = [k for k in KINDS if SENT_BY[k] is Side.ISLAND and (pair.island.state(job), k) in TRANSITIONS]
+    kinds = [k for k in KINDS if SENT_BY[k] is Side.ISLAND and k is not JobLines and (pair.island.state(job), k) in TRANSITIONS]
     if not kinds:
         return
     kind = chance.choice(kinds)

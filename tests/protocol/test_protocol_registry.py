@@ -11,7 +11,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from protocol import blobs, direct, hold, limits, messages, stage_messages
+from protocol import blobs, cargo_news, direct, hold, limits, messages, stage_messages
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.registry import Registry, Struct, body
 from tests.protocol import samples
@@ -62,6 +62,8 @@ def test_numbers_are_frozen() -> None:
         9: "RouteMended",
         10: "JobCount",
         11: "JobAlive",
+        12: "JobLines",
+        13: "JobMore",
     }
     names = {number: cls.__name__ for number, cls in messages.ADS.numbers().items()}
     assert names == {1: "Hello", 2: "Announce", 3: "AdAck", 4: "BookRequest", 5: "Coordinators"}
@@ -117,6 +119,8 @@ def test_numbers_are_frozen() -> None:
         7: "Chunk",
         8: "BlobRefused",
     }
+    names = {number: cls.__name__ for number, cls in cargo_news.CARGOS.numbers().items()}
+    assert names == {1: "Hello", 2: "CargosWanted", 3: "CargosKnown", 4: "CargoNews"}
 
 
 def test_a_number_is_used_once() -> None:
@@ -306,7 +310,7 @@ def test_a_body_without_a_field_for_it_is_refused() -> None:
 
 
 def test_the_body_is_not_copied_into_the_header() -> None:
-    header, raw = messages.JOB.encode(messages.JobOpen(1, b"t", b"i" * 1000))
+    header, raw = messages.JOB.encode(messages.JobOpen(1, b"t", input=b"i" * 1000))
     assert len(header) < 20 and len(raw) == 1000
 
 

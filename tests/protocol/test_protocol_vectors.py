@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from privacy.keys import NodeKey
-from protocol import ads, blobs, counts, limits, messages, receipts, shards, tickets
+from protocol import ads, blobs, cargo_news, counts, limits, messages, receipts, shards, tickets
 from protocol.book import AdHeard, Book, LostHeard, apply
 from protocol.envelope import Label, open_envelope
 from protocol.errors import Code, ConfigError, LocalProtocolError, Refused, RemoteProtocolError, SignatureError
@@ -239,7 +239,13 @@ def _job_message(said: Vector) -> Any:
     job = said["job"]
     match said["message"]:
         case "JobOpen":
-            return messages.JobOpen(job, b"ticket", b"input")
+            return messages.JobOpen(job, b"ticket", input=b"input")
+        case "JobOpenLines":
+            return messages.JobOpen(job, b"ticket", bytes(16), b"{}")
+        case "JobLines":
+            return messages.JobLines(job, said["step"], 0, b" " * (said["tokens"] - 1) + b"\n")
+        case "JobMore":
+            return messages.JobMore(job, said["tokens"])
         case "JobAccepted":
             return messages.JobAccepted(job, "echo/1", 0, 0)
         case "JobChunk":
@@ -293,6 +299,16 @@ def check_blob(vector: Vector) -> None:
             assert tree.fits(index, content[tree.offset(index) : tree.offset(index) + limits.BLOB_CHUNK_BYTES])
 
 
+def check_notice(vector: Vector) -> None:
+    def parse(data: bytes) -> cargo_news.Told:
+        return cargo_news.read_notice(cargo_news.NOTICE.decode(data), samples.NETWORK, vector["now_ms"])
+
+    told = read(vector, parse, "notice")
+    if told is not None:
+        assert (told.key.hex(), told.coordinator) == (vector["key"], vector["coordinator"])
+        assert cargo_news.key_of(told.notice) == told.key
+
+
 CHECKS: dict[str, Callable[[Vector], None]] = {
     "keys": check_key,
     "frames": check_frame,
@@ -309,5 +325,6 @@ CHECKS: dict[str, Callable[[Vector], None]] = {
     "jobs": check_job,
     "prices": check_price,
     "generations": check_generation,
+    "notices": check_notice,
     "blobs": check_blob,
 }

@@ -3,7 +3,7 @@
     NAME.c               the source, under the licence of this repository; the comment at its top says what goes in and comes out
     NAME.wasm            compiled by Debian's clang, the same bytes each time
     hashes.json          the compiler, and the SHA-256 of each NAME.wasm
-    examples/NAME.json   {"input": …, "output": [line, …]}
+    examples/NAME.json   {"input": …, "output": [line, …]}; whatever is drawn comes from EXAMPLE_SEED
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from protocol.errors import ConfigError
 
 FOLDER = Path(__file__).parent
+EXAMPLE_SEED = bytes(16)
 
 
 @dataclass(frozen=True, slots=True)

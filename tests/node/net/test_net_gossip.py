@@ -229,3 +229,38 @@ async def test_a_restarted_node_does_not_repeat_its_sequence_numbers() -> None:
                     assert (await take(gossip))[1].endswith(b"life %d" % round_)
                 inner.cancel_scope.cancel()
         nursery.cancel_scope.cancel()
+
+
+async def test_a_second_topic_has_a_taker_of_its_own() -> None:
+    """What it takes is passed on, with its own word, and gets in nobody's way on the first."""
+    taken: list[list[bytes]] = [[], [], []]
+    async with AsyncExitStack() as stack:
+        hosts = [await stack.enter_async_context(lab_host(i + 1)) for i in range(3)]
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        gossips = [Gossip(host, TOPIC, good) for host in hosts]
+        for gossip, mine in zip(gossips, taken, strict=True):
+
+            async def take_in(forwarder: str, data: bytes, mine: list[bytes] = mine) -> bool:
+                await trio.lowlevel.checkpoint()
+                mine.append(data)
+                return good(data)
+
+            gossip.add_topic("second", take_in)
+            await nursery.start(gossip.run)
+        for one, two in itertools.pairwise(hosts):
+            await one.connect(two.addresses()[0])
+        await settle(lambda: meshed(gossips) and all(_mesh_of(gossip, "second") for gossip in gossips))
+        await gossips[0].publish(b"bad word", "second")
+        await gossips[0].publish(b"word", "second")
+        await gossips[0].publish(b"price 1")
+        assert (await take(gossips[2]))[1] == b"price 1"
+        await settle(lambda: taken[2] == [b"word"])
+        assert taken == [[], [b"bad word", b"word"], [b"word"]]
+        with pytest.raises(trio.WouldBlock):
+            gossips[2].received.receive_nowait()
+        nursery.cancel_scope.cancel()
+
+
+def _mesh_of(gossip: Gossip, topic: str) -> set[Any]:
+    router: Any = gossip._pubsub.router if gossip._pubsub is not None else None
+    return set(router.mesh.get(topic, ())) if router is not None else set()

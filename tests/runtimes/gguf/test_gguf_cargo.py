@@ -31,7 +31,7 @@ from runtimes.gguf import cargo as cargo_module
 from runtimes.gguf import process as process_module
 from runtimes.gguf.cargo import GgufCargo, open_gguf_cargo, worker_environment
 from runtimes.gguf.messages import Load
-from runtimes.worker_process import pause_after
+from runtimes.worker_process import WorkerProcess, pause_after
 
 ROOT = Path(cargo_module.__file__).resolve().parents[2]
 HASH = "5a" * 32
@@ -508,7 +508,8 @@ async def test_closing_ends_an_idle_worker(smollm2_path: Path) -> None:
     async with opened(smollm2_path) as cargo:
         worker = cargo._worker
         assert worker is not None
-    assert not cargo.alive and worker.process.returncode == 0, "it ends by itself, without being killed"
+    assert not cargo.alive and isinstance(worker, WorkerProcess)
+    assert worker.process.returncode == 0, "it ends by itself, without being killed"
 
 
 async def test_closing_ends_the_worker_and_what_still_runs(smollm2_path: Path) -> None:
@@ -524,7 +525,7 @@ async def test_closing_ends_the_worker_and_what_still_runs(smollm2_path: Path) -
                     pass
         assert caught.value.code is Code.WORKER_DIED
         await cargo.aclose()
-        assert not cargo.alive and worker.process.returncode == 0
+        assert not cargo.alive and isinstance(worker, WorkerProcess) and worker.process.returncode == 0
         with pytest.raises(Refused):
             await ask(cargo, endless(1))
     assert cargo.restarts == 0

@@ -15,7 +15,7 @@ from protocol.framing import FrameDecoder, encode_frame
 from protocol.generation import pack_tokens, unpack_tokens
 from runtimes.gguf import worker as worker_module
 from runtimes.gguf.load import Loaded
-from runtimes.gguf.messages import GGUF_WORKER, Cancel, Output, Rejected, Room, Step
+from runtimes.gguf.messages import GGUF_WORKER, Cancel, Embedded, Output, Rejected, Room, Step
 from runtimes.gguf.worker import Link, Worker
 
 
@@ -45,7 +45,10 @@ class Engine:
     gives: list[object] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)
     is_idle = False
+    spare_s = 0.03
     is_waiting_for_stages = False
+
+    def tidy(self) -> None: ...
 
     def admit(self) -> Events:
         return Events([])
@@ -62,6 +65,22 @@ class Engine:
 
     def submit(self, job: Any) -> None:
         raise Refused(Code.NO_CAPACITY, "64 jobs are waiting already")
+
+
+@dataclass
+class Embeddings:
+    """Has something to do for as many steps as it has answers."""
+
+    gives: list[list[Embedded]]
+    spare: list[float] = field(default_factory=list)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.gives
+
+    def step(self, spare_s: float) -> list[Embedded]:
+        self.spare.append(spare_s)
+        return self.gives.pop(0) if self.gives else []
 
 
 @dataclass
@@ -86,8 +105,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def made(engine: Engine) -> tuple[Worker, Talk]:
-    talk, loaded = Talk(), cast(Loaded, type("L", (), {"engine": engine, "ring": None}))
+def made(engine: Engine, embedder: Embeddings | None = None) -> tuple[Worker, Talk]:
+    talk, loaded = Talk(), cast(Loaded, type("L", (), {"engine": engine, "ring": None, "embedder": embedder}))
     return Worker(cast(Link, talk), loaded), talk
 
 
@@ -140,6 +159,16 @@ def test_cancels_and_refusals_of_the_engine(clock: Clock) -> None:
     worker.turn()
     assert engine.cancelled == [7, 9]
     assert talk.said == [Rejected(8, Code.NO_CAPACITY, "64 jobs are waiting already"), engine.now]
+
+
+def test_embeddings_get_what_the_engine_spares() -> None:
+    """Also where it is idle: nobody waits for the next message while there is something to compute."""
+    engine, embeddings = Engine(), Embeddings([[], [Embedded(5, 3, b"{}")]])
+    worker, talk = made(engine, embeddings)
+    worker.turn()
+    engine.is_idle = True
+    worker.turn()
+    assert Embedded(5, 3, b"{}") in talk.said and embeddings.spare == [engine.spare_s] * 2
 
 
 LOGPROBS = json.dumps([{"token": "word", "logprob": -1.25, "bytes": [119, 111, 114, 100]}] * 40).encode()

@@ -30,6 +30,9 @@ class Tiny:
     kv_heads: tuple[int, ...] = ()  # one for each layer
     vocabulary: int = VOCABULARY
     more: tuple[tuple[str, Meta], ...] = ()
+    context: int = CONTEXT
+    template: str = "{{ messages[0]['content'] }}"
+    controls: tuple[str, ...] = ()  # control tokens, the last of the vocabulary
 
 
 TINY = {
@@ -55,7 +58,7 @@ def metadata(tiny: Tiny) -> dict[str, Meta]:
     found: dict[str, Meta] = {
         "general.architecture": arch,
         f"{arch}.block_count": tiny.layers,
-        f"{arch}.context_length": CONTEXT,
+        f"{arch}.context_length": tiny.context,
         f"{arch}.embedding_length": WIDTH,
         f"{arch}.feed_forward_length": FEED,
         f"{arch}.attention.head_count": HEADS,
@@ -69,14 +72,77 @@ def metadata(tiny: Tiny) -> dict[str, Meta]:
     if tiny.experts:
         counts = {"expert_count": EXPERTS, "expert_used_count": EXPERTS_USED, "expert_feed_forward_length": EXPERT_FEED}
         found |= {f"{arch}.{name}": count for name, count in counts.items()}
-    return found | dict(tiny.more) | _vocabulary(tiny.vocabulary)
+    return found | dict(tiny.more) | _vocabulary(tiny.vocabulary, tiny.controls) | {"tokenizer.chat_template": tiny.template}
 
 
-def _vocabulary(size: int) -> dict[str, Meta]:
+@dataclass(frozen=True)
+class TinyEncoder:
+    """BERT in small. ``pooling``: of the file; -1: it says nothing of it."""
+
+    pooling: int = 1
+    layers: int = 2
+    context: int = 256
+
+
+def write_tiny_encoder(path: Path, tiny: TinyEncoder | None = None, seed: int = 7) -> Path:
+    tiny = tiny or TinyEncoder()
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"▁{letter}" for letter in letters), *letters]
+    found: dict[str, Meta] = {
+        "general.architecture": "bert",
+        "bert.block_count": tiny.layers,
+        "bert.context_length": tiny.context,
+        "bert.embedding_length": WIDTH,
+        "bert.feed_forward_length": FEED,
+        "bert.attention.head_count": HEADS,
+        "bert.attention.layer_norm_epsilon": 1e-12,
+        "bert.attention.causal": False,
+        "tokenizer.ggml.model": "bert",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 2, 3, 3, *[1] * (len(tokens) - 4)],
+        "tokenizer.ggml.token_type_count": 2,
+        "tokenizer.ggml.unknown_token_id": 1,
+        "tokenizer.ggml.cls_token_id": 2,
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.seperator_token_id": 3,
+        "tokenizer.ggml.eos_token_id": 3,
+        "tokenizer.ggml.padding_token_id": 0,
+    }
+    if tiny.pooling >= 0:
+        found["bert.pooling_type"] = tiny.pooling
+    write_gguf(path, found, _encoder_tensors(tiny, len(tokens), seed))
+    return path
+
+
+def _encoder_tensors(tiny: TinyEncoder, vocabulary: int, seed: int) -> dict[str, npt.NDArray[np.float32]]:
+    chance = np.random.default_rng(seed)
+
+    def random(*shape: int) -> npt.NDArray[np.float32]:
+        return np.asarray(chance.standard_normal(shape) / np.sqrt(shape[-1]), np.float32)
+
+    found = {
+        "token_embd.weight": random(vocabulary, WIDTH),
+        "token_types.weight": random(2, WIDTH),
+        "position_embd.weight": random(tiny.context, WIDTH),
+        "token_embd_norm.weight": 1 + random(WIDTH),
+        "token_embd_norm.bias": random(WIDTH),
+    }
+    shapes = {"attn_q": (WIDTH, WIDTH), "attn_k": (WIDTH, WIDTH), "attn_v": (WIDTH, WIDTH), "attn_output": (WIDTH, WIDTH)}
+    shapes |= {"ffn_up": (FEED, WIDTH), "ffn_down": (WIDTH, FEED)}
+    for number in range(tiny.layers):
+        for name, shape in shapes.items():
+            found |= {f"blk.{number}.{name}.weight": random(*shape), f"blk.{number}.{name}.bias": random(shape[0])}
+        for name in ("attn_output_norm", "layer_output_norm"):
+            found |= {f"blk.{number}.{name}.weight": 1 + random(WIDTH), f"blk.{number}.{name}.bias": random(WIDTH)}
+    return found
+
+
+def _vocabulary(size: int, controls: tuple[str, ...]) -> dict[str, Meta]:
     """The smallest that llama.cpp takes: a SentencePiece vocabulary of control tokens, all bytes, and letters."""
     bytes_ = [f"<0x{n:02X}>" for n in range(256)]
-    tokens = ["<unk>", "<s>", "</s>", *bytes_, *(f"▁w{n}" for n in range(size - 3 - 256))]
-    kinds = [2, 3, 3, *[6] * 256, *[1] * (size - 3 - 256)]
+    words = size - 3 - 256 - len(controls)
+    tokens = ["<unk>", "<s>", "</s>", *bytes_, *(f"▁w{n}" for n in range(words)), *controls]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * words, *[3] * len(controls)]
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": tokens,
@@ -84,7 +150,6 @@ def _vocabulary(size: int) -> dict[str, Meta]:
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.chat_template": "{{ messages[0]['content'] }}",
     }
 
 

@@ -215,7 +215,7 @@ def test_own_files_are_used_where_they_lie(store: ModelStore, tmp_path: Path) ->
         ("./missing.gguf", "is not a file. Check the path"),
         ("file:/missing", "is not a file. Check the path"),
         ("", "no model that is known"),
-        ("peer:" + "ab" * 32, "models do not come from peers yet. Possible are: file:PATH, https://"),
+        ("peer:" + "ab" * 32, "no Island gives it. Possible are: file:PATH, https://"),
     ],
 )
 def test_what_is_not_there_is_named(store: ModelStore, name: str, says: str) -> None:

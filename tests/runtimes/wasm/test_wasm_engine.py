@@ -11,8 +11,9 @@ import wasmtime
 
 from protocol import limits
 from protocol.errors import ConfigError, LocalProtocolError
-from runtimes.wasm.engine import Interrupted, RunLimits, RunResult, WasmEngine, run_module
-from runtimes.wasm.messages import Outcome
+from runtimes.lines.engine import JobStopped
+from runtimes.lines.messages import Outcome
+from runtimes.wasm.engine import RunLimits, RunResult, WasmEngine, run_module
 from tests.runtimes.wasm import hostile
 
 
@@ -252,7 +253,7 @@ def test_emit_may_end_the_run_and_its_other_errors_are_not_hidden(engine: WasmEn
     compiled = engine.compile(hostile.FLOOD, hostile.sha256(hostile.FLOOD))
 
     def stop(data: bytes) -> None:
-        raise Interrupted
+        raise JobStopped
 
     def fail(data: bytes) -> None:
         raise OSError("pipe")

@@ -62,14 +62,14 @@ class Link:
         self._pending.extend(self._decoder.feed(data))
 
 
-def confine(parent: int, address_bytes_max: int) -> None:
+def confine(parent: int, address_bytes_max: int | None) -> None:
     """No core dumps (they would hold what people sent), few files, no new rights, bounded memory, an end together with the parent.
 
     Of all threads: call it before others are started. ``parent``: process id; where that has ended already, so does this process.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _lower(resource.RLIMIT_NOFILE, _OPEN_FILES_MAX)
-    if sys.platform == "linux":
+    if sys.platform == "linux" and address_bytes_max is not None:
         _lower(resource.RLIMIT_AS, address_bytes_max)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the node decides when we end
     if sys.platform == "linux":
