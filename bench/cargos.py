@@ -1,8 +1,9 @@
 """Cargos: a small WASM module end to end through a local Island, and texts to vectors beside bare onnxruntime.
 
-The first part runs a Coordinator and one Island in processes of their own and sends jobs over HTTP with keep-alive connections, each
-answered with the module's lines. The second computes the same texts with the same model in turns: bare onnxruntime and tokenizers in a
-process of its own, our worker without walls, and our worker inside its sandbox. Medians of all rounds.
+The first part asks an Island directly, from ticket to receipt (island_lines.py); then it runs a Coordinator and one Island in processes of
+their own and sends jobs over HTTP with keep-alive connections, each answered with the module's lines. The second computes the same texts
+with the same model in turns: bare onnxruntime and tokenizers in a process of its own, our worker without walls, and our worker inside its
+sandbox. Medians of all rounds.
 
     python -m bench.cargos [--quick]
 """
@@ -25,6 +26,7 @@ from urllib.parse import urlsplit
 
 import trio
 
+from bench import island_lines
 from bench.bars import at_least, at_most
 from bench.echo_http import Target, drive_at
 from node.cargo_runtimes import Grants, find_runtimes, open_cargo
@@ -170,6 +172,7 @@ async def _embed(cargo: LocalCargo, rounds: int, turns: int) -> dict[str, dict[s
 
 
 def run(quick: bool = False) -> dict[str, Any]:
+    island = island_lines.measure(MODULE, 100 if quick else 500)
     wasm = through_island(100 if quick else 500)
     cargo = find_local(MODEL, PUBLISHER)
     assert cargo is not None
@@ -178,11 +181,14 @@ def run(quick: bool = False) -> dict[str, Any]:
     return {
         "bench": "cargos",
         "load_average_1min": round(os.getloadavg()[0], 2),
+        "island": island,
         "wasm": wasm,
         "embeddings_s": texts,
         "bars": [
-            at_most("WASM, warm module through a local Island, ms p50", wasm["p50_ms"], WASM_P50_MS_MAX),
-            at_least("WASM, jobs/s", wasm["jobs_per_s"], WASM_JOBS_S_MIN),
+            at_most("WASM, warm module through a local Island, ticket to receipt, ms p50", island["p50_ms"], WASM_P50_MS_MAX),
+            at_least("the same, jobs/s", island["jobs_per_s"], WASM_JOBS_S_MIN),
+            at_most("WASM, by HTTP through a Coordinator with its books, ms p50", wasm["p50_ms"], WASM_P50_MS_MAX),
+            at_least("the same, jobs/s", wasm["jobs_per_s"], WASM_JOBS_S_MIN),
             at_most("sandbox adds to ONNX embeddings of one text, share", walled["one"] / bare["one"] - 1, SANDBOX_ADDS_MAX),
             at_most("sandbox adds to ONNX embeddings of 64 texts, share", walled["batch"] / bare["batch"] - 1, SANDBOX_ADDS_MAX),
             at_least("ONNX, 64 texts, rate / bare onnxruntime", bare["batch"] / walled["batch"], BATCH_RATIO_MIN),
@@ -192,8 +198,9 @@ def run(quick: bool = False) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    wasm = result["wasm"]
+    wasm, island = result["wasm"], result["island"]
     lines = [
+        f"WASM module {MODULE}, ticket to receipt: {island['p50_ms']:.2f} ms p50, {island['jobs_per_s']:.0f} jobs/s at 16",
         f"WASM module {MODULE}, whole path: {wasm['p50_ms']:.2f} ms p50 at one client",
         f"  {CLIENTS} clients: {wasm['jobs_per_s']:.0f} jobs/s, p99 {wasm['p99_ms_at_16']:.1f} ms",
         f"{'MiniLM':<12}{'one text, ms':>14}{'64 texts, texts/s':>20}",

@@ -359,13 +359,14 @@ class Desk:
             order.check(event)
             if order.keep_s > 0 or isinstance(event, ChoiceResult):
                 transcript.add(event)
-            if order.delivers:
-                await live.wait_open()  # nothing reaches the Consumer before the hold is on disk
+            is_last = isinstance(event, ChoiceResult) and len(transcript.results) == len(spec.choices)
+            if order.delivers and not (is_last or isinstance(event, Accepted)):
+                await live.wait_open()  # no word reaches the Consumer before the hold is on disk; the last one waits for the bill anyway
             if isinstance(event, ChoiceResult):
                 meter.choice(event.choice).ended_s = trio.current_time()
             if order.input and (state := _entered(event, live.job.state)) is not None:
                 await self._note(live, meter, state)
-            if isinstance(event, ChoiceResult) and len(transcript.results) == len(spec.choices):
+            if is_last:
                 last.append(event)
             else:
                 await emit(event)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import trio
 
@@ -491,15 +491,15 @@ def _line_request(message: JobOpen, ticket: Ticket) -> LineRequest:
 
 
 def _writer_of_text(cargo: Loaded) -> LoadedCargo:
-    if not isinstance(cargo, LoadedCargo):
+    if not hasattr(cargo, "run"):  # isinstance() with a protocol takes 20 µs
         raise Refused(Code.BAD_INPUT, f"{cargo.facts().name} takes one JSON object (POST /api/v1/jobs), not messages or a prompt")
-    return cargo
+    return cast(LoadedCargo, cargo)
 
 
 def _writer_of_lines(cargo: Loaded) -> LineCargo:
-    if not isinstance(cargo, LineCargo):
+    if not hasattr(cargo, "run_lines"):
         raise Refused(Code.BAD_INPUT, f"{cargo.facts().name} takes messages or a prompt, and nothing else")
-    return cargo
+    return cast(LineCargo, cargo)
 
 
 def island_hello(network: str, agent: str) -> Hello:

@@ -99,7 +99,7 @@ class Sandboxed:
         self._tree = tree
         self._ended = trio.Event()
         self._is_resting = False
-        self._woken = trio.Event()
+        self._nap = trio.CancelScope()
         self._started_s = trio.current_time()
 
     def __repr__(self) -> str:
@@ -118,7 +118,11 @@ class Sandboxed:
         """A program that has nothing to do, of an engine that waits for jobs, is looked at more seldom: a thousandth of a core instead of a
         hundredth."""
         self._is_resting = is_resting
-        self._woken.set()
+        self._nap.deadline = trio.current_time() + self._poll_s  # wakes nobody: most jobs end before that
+
+    @property
+    def _poll_s(self) -> float:
+        return _RESTING_POLL_S if self._is_resting else _POLL_S
 
     def poll(self) -> int | None:
         """Its exit code as ``wait`` gives it, None while it runs."""
@@ -137,7 +141,6 @@ class Sandboxed:
         if self.overrun is None and self._tree.group is not None and self._tree.group.is_out_of_memory():
             self.overrun = Overrun.MEMORY
         self._ended.set()
-        self._woken.set()
 
     async def _supervise(self) -> None:
         """Ends the tree when it uses too much."""
@@ -149,9 +152,8 @@ class Sandboxed:
             self.overrun = self.overrun or judge(self.tier, usage, trio.current_time() - self._started_s)
             if self.overrun is not None:
                 self._tree.kill()
-            self._woken = trio.Event()
-            with trio.move_on_after(_RESTING_POLL_S if self._is_resting else _POLL_S):
-                await self._woken.wait()
+            with trio.move_on_after(self._poll_s) as self._nap:
+                await self._ended.wait()
 
 
 @asynccontextmanager

@@ -41,7 +41,10 @@ async def hold_of(running: Running, job_id: str) -> tuple[int, HoldState]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_short_chat_of_a_known_account_is_one_change(database_url: str, stream: bool) -> None:
+async def test_a_short_chat_of_a_known_account_is_one_change(
+    database_url: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openings, "LATEST_S", 60.0)  # the machine may be busy
     async with opened(database_url, island(1, ask=ASK)) as running:
         desk, statistics = running.server.desk, running.server.books.writer.statistics
         await chat(running)  # so that its balance is known
@@ -94,7 +97,8 @@ async def test_who_is_poor_by_then_pays_nothing_and_gets_nothing(tmp_path: Path,
         assert not running.server.desk.live and not running.server.desk.unsettled
 
 
-async def test_a_failure_is_written_with_its_opening_too(tmp_path: Path) -> None:
+async def test_a_failure_is_written_with_its_opening_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openings, "LATEST_S", 60.0)
     one = island(1, Script(times=1), Script(refuse=Refused(Code.BAD_INPUT, "no")), ask=ASK)
     async with opened(url_of(tmp_path), one) as running:
         await chat(running)
@@ -131,6 +135,7 @@ async def test_a_retry_of_a_chat_that_is_not_written_yet_is_the_same_chat(tmp_pa
 
 async def test_books_that_go_away_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the job nor its charge is there, and nothing is left that waits for ever."""
+    monkeypatch.setattr(openings, "LATEST_S", 60.0)
     monkeypatch.setattr("coordinator.upkeep.BEAT_S", 0.02)
     async with opened(url_of(tmp_path), island(1, ask=ASK)) as running:
         await chat(running)
