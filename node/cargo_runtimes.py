@@ -20,6 +20,7 @@ from protocol import limits
 from protocol.cargos import CargoManifest, Runtime
 from protocol.errors import ConfigError
 from runtimes.base import Loaded
+from runtimes.container.engines import ContainerEngine
 from runtimes.lines.cargo import LineKind, LineLimits, open_line_cargo
 from runtimes.lines.engine import LoadOrder
 from runtimes.lines.process import starts
@@ -38,7 +39,6 @@ _OWN_TIER = replace(
 _INSIDE = "/cargo"  # where a worker finds the files of its Cargo
 _LOAD_S = 600.0  # of models; SDXL takes minutes from a slow disk
 _WORKERS = {Runtime.ONNX: "runtimes.onnx.worker", Runtime.DIFFUSERS: "runtimes.diffusers.worker"}
-_EXTRAS = {Runtime.ONNX: "onnx", Runtime.DIFFUSERS: "diffusers", Runtime.WASM: "wasm", Runtime.GGUF: "gguf"}
 _NEEDS_MODULE = {Runtime.ONNX: "onnxruntime", Runtime.DIFFUSERS: "diffusers", Runtime.WASM: "wasmtime", Runtime.GGUF: "llama_cpp"}
 
 
@@ -59,7 +59,7 @@ class Runtimes:
     """What this machine can run, found by trying. ``container`` is None where no engine works, and ``why_no_container`` says why."""
 
     sandbox: Sandbox
-    container: object | None = None
+    container: ContainerEngine | None = None
     why_no_container: str = ""
     node_id: str = ""
 
@@ -99,7 +99,13 @@ def open_cargo(
     """``files``: path in the manifest -> where it lies, already checked. Raises ConfigError that says what to do."""
     runtime = manifest.runtime
     if runtime in _NEEDS_MODULE and not _is_installed(_NEEDS_MODULE[runtime]):
-        raise ConfigError(f"{manifest.name} needs the runtime {runtime}: pip install 'archipelag[{_EXTRAS[runtime]}]'")
+        brings = "make setup-images" if runtime is Runtime.DIFFUSERS else "make setup"
+        raise ConfigError(f"{manifest.name} needs the runtime {runtime}, which is not installed here; `{brings}` brings it")
+    if manifest.trust_level > grants.trust_level_max:
+        log.warning(
+            "Cargo %s asks for trust level %d and is granted %d; `start --trust-level-max %d` grants more",
+            *(manifest.name, manifest.trust_level, grants.trust_level_max, manifest.trust_level),
+        )
     match runtime:
         case Runtime.WASM:
             return _open_wasm(manifest, address, files, runtimes, grants)
@@ -179,11 +185,10 @@ async def _open_container(
 ) -> AsyncIterator[Loaded]:
     from runtimes.container.archive import ARCHIVE_PATH
     from runtimes.container.cargo import open_container_cargo
-    from runtimes.container.engines import ContainerEngine
     from runtimes.container.image import ImageSource
 
     engine = runtimes.container
-    if not isinstance(engine, ContainerEngine):
+    if engine is None:
         why = runtimes.why_no_container or "no engine was looked for"
         raise ConfigError(f"{manifest.name} is a container, and this machine runs none: {why}")
     source = ImageSource(archive=files.get(ARCHIVE_PATH))
@@ -214,15 +219,21 @@ async def _open_gguf(
 ) -> AsyncIterator[Loaded]:
     from runtimes.gguf.cargo import open_gguf_cargo
 
+    gpu_layers = grants.gpu_layers
+    if gpu_layers is None and has_gpu_devices():
+        gpu_layers = 0  # a stranger's model gets a GPU, and with it an engine without namespaces, only where the owner says so
+    walls = engine_walls(runtimes.sandbox, files[manifest.entry], gpu_layers, tier_for(manifest, grants))
+    if walls is None and not gpu_layers:
+        raise ConfigError(f"{manifest.name}: gguf runs only inside a sandbox, and there is none here: {runtimes.sandbox.reason}")
     opened = open_gguf_cargo(
         name=manifest.name,
         path=files[manifest.entry],
         content_hash=address,
         memory_limit_bytes=grants.memory_limit_bytes,
         threads=grants.threads,
-        gpu_layers=grants.gpu_layers,
+        gpu_layers=gpu_layers,
         context_tokens=grants.context_tokens,
-        walls=engine_walls(runtimes.sandbox, files[manifest.entry], grants.gpu_layers, tier_for(manifest, grants)),
+        walls=walls,
     )
     async with opened as cargo:
         yield cargo
