@@ -35,6 +35,10 @@ class LlamaError(ArchipelagError):
     """llama.cpp refused; the text holds the last lines of its log."""
 
 
+class NoSuchTensor(LlamaError):
+    """The model's graph calls its hidden states something else."""
+
+
 class LlamaFull(LlamaError):
     """No room in the KV cache for this batch: our book-keeping and the library's disagree."""
 
@@ -320,9 +324,9 @@ class Context:
         return np.ctypeslib.as_array(pointer, (self.width_out,)).copy()
 
     def hidden(self) -> Floats:
-        """Hidden states (rows, width) of the last decode."""
+        """Hidden states (rows, width) of the last decode. Raises NoSuchTensor."""
         if not self._hidden:
-            raise LlamaError("the model's graph has no such states")
+            raise NoSuchTensor("the model's graph has no such states")
         return np.concatenate(self._hidden) if len(self._hidden) != 1 else self._hidden[0]
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from protocol.errors import ConfigError
 from protocol.shards import LayerRange, ShardManifest
 from runtimes.gguf.layers import Rows, Stage
-from runtimes.gguf.llama import Floats, Ints, LlamaError, Model
+from runtimes.gguf.llama import Floats, Ints, LlamaError, Model, NoSuchTensor
 from runtimes.gguf.load import stage_size
 from runtimes.gguf.shard_header import read_shard_layers
 
@@ -154,7 +154,7 @@ def _forward(stage: Stage, rows: Rows) -> Floats:
     """One batch; a copy. Hidden states come from the tensor ``l_out-N``, which not every architecture has."""
     try:
         outputs = stage.forward(rows).copy()
-    except ValueError as error:
+    except NoSuchTensor as error:
         raise _Unfit(f"its hidden states cannot be read between the layers ({error})") from None
     count = int(rows.wanted.sum()) if stage.is_last else len(rows)
     if len(outputs) != count:
