@@ -20,6 +20,8 @@ from node.gpus import GpuReport, detect_gpus
 from node.hardware import usable_cpus, usable_ram_bytes
 from node.trust import Pins, resolve_coordinator
 from protocol.errors import ArchipelagError, ConfigError
+from runtimes.container.engines import find_engine
+from runtimes.sandbox.probe import Level, probe
 
 _DISK_WANTED_BYTES = 2 * 1024**3
 _RAM_WANTED_BYTES = 1024**3
@@ -43,6 +45,8 @@ def examine(data_dir: str, coordinator: str = "") -> list[Finding]:
         _machine,
         _python,
         _engine,
+        _runtimes,
+        _walls,
         lambda: _folder(data_dir),
         _cache,
     ]
@@ -109,6 +113,33 @@ def _gpus(report: GpuReport) -> Iterator[Finding]:
         backend = "metal" if sys.platform == "darwin" else hints.get(tool or "", "")
         advice = f"make setup GPU={backend}" if backend and not report.offload else ""
         yield Finding("note", "no GPU that this build can use; models run on the CPU", advice)
+
+
+_RUNTIMES = (("onnx", "onnxruntime", "make setup"), ("wasm", "wasmtime", "make setup"), ("diffusers", "diffusers", "make setup-images"))
+
+
+def _runtimes() -> Iterator[Finding]:
+    """What of Cargos can run here beside language models."""
+    for runtime, package, brings in _RUNTIMES:
+        try:
+            yield Finding("ok", f"runtime {runtime}: {package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            yield Finding("note", f"no {package}: Cargos of the runtime {runtime} do not run here", brings)
+    found = trio.run(find_engine)
+    if found.engine is not None:
+        yield Finding("ok", f"runtime container: {found.engine}")
+    else:
+        yield Finding("note", f"no container runs here: {found.reason}", "apt-get install podman runc" if _is_debian() else "")
+
+
+def _is_debian() -> bool:
+    return Path("/etc/debian_version").exists()
+
+
+def _walls() -> Iterator[Finding]:
+    """Behind what native Cargos work."""
+    sandbox = probe()
+    yield Finding("ok" if sandbox.level is Level.NAMESPACES else "note", str(sandbox))
 
 
 def _folder(data_dir: str) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from node import doctor
 from node.gpus import GpuReport, detect_gpus
 from protocol.ads import Gpu
+from runtimes.container.engines import EngineSearch
+from runtimes.sandbox.probe import Level, Sandbox
 
 
 def test_this_machine_can_run_an_island(tmp_path: Path) -> None:
@@ -57,3 +60,27 @@ def test_the_hint_for_a_gpu_that_this_build_cannot_use(monkeypatch: pytest.Monke
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None)
     (found,) = doctor._gpus(GpuReport(offload=False))
     assert "make setup GPU=cuda" in found.advice
+
+
+def test_runtimes_that_are_missing_say_what_brings_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "diffusers":
+            raise metadata.PackageNotFoundError(name)
+        return "1.2.3"
+
+    async def no_engine() -> EngineSearch:
+        return EngineSearch(None, "neither podman nor docker is installed")
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(doctor, "find_engine", no_engine)
+    onnx, wasm, diffusers, container = doctor._runtimes()
+    assert str(onnx) == "ok    runtime onnx: onnxruntime 1.2.3" and wasm.state == "ok"
+    assert (diffusers.state, diffusers.advice) == ("note", "make setup-images")
+    assert container.state == "note" and "neither podman nor docker" in container.what
+
+
+@pytest.mark.parametrize(("level", "state"), [(Level.NAMESPACES, "ok"), (Level.RLIMITS, "note"), (Level.NONE, "note")])
+def test_the_walls_are_named(monkeypatch: pytest.MonkeyPatch, level: Level, state: str) -> None:
+    monkeypatch.setattr(doctor, "probe", lambda: Sandbox(level, "as tried"))
+    (found,) = doctor._walls()
+    assert found.state == state and level.value in found.what and "as tried" in found.what
