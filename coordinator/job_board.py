@@ -143,6 +143,8 @@ class JobBoard:
                     await send(StateChange(state))
                 await send(event)
             elif isinstance(event, ChoiceResult) and event.done is not None:
+                if state is not JobState.RUNNING:
+                    await send(StateChange(JobState.RUNNING))
                 await send(Output(event.done))
 
         await self._desk.run(order, emit)

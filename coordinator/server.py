@@ -7,7 +7,7 @@ import json
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import fields
 from typing import Any
@@ -111,13 +111,14 @@ async def open_coordinator(
     well_known: Callable[[], dict[str, Any]],
     manifests: Mapping[str, ShardManifest] | None = None,
     round_trips_s: Callable[[], Mapping[str, float]] = dict,
-    reserved: Iterable[str] = (),
+    reserved: Mapping[str, str] | None = None,
 ) -> AsyncIterator[CoordinatorServer]:
     """A serving Coordinator, ready when this is entered.
 
     ``manifests``: of models that may be cut and run on several Islands, by name. ``key`` signs tickets; ``salt_secret`` keeps the prefix
     caches of accounts apart and seals what is kept of answers; ``well_known`` gives what ``/.well-known/archipelag.json`` says and is
-    called in trio; ``round_trips_s`` those to Islands, by peer id; ``reserved``: names of Cargos that nobody may publish under.
+    called in trio; ``round_trips_s`` those to Islands, by peer id; ``reserved``: names of Cargos that
+    nobody may publish under -> the content address that runs under each.
 
     Raises ConfigError when the database, the TLS files or the address
     cannot be used, or the database holds another network's books.
@@ -127,7 +128,7 @@ async def open_coordinator(
         gate = Gate(KeyStore(books.database), config, time.monotonic)
         with closing(gate):
             boot = await begin_run(books, network, salt_secret, key.peer_id)
-            parts = _Parts(config, books, boot, port, key, network, salt_secret, manifests or {}, round_trips_s, reserved)
+            parts = _Parts(config, books, boot, port, key, network, salt_secret, manifests or {}, round_trips_s, reserved or {})
             try:
                 async with trio.open_nursery() as nursery:
                     await parts.start(nursery)
@@ -170,7 +171,7 @@ class _Parts:
         salt_secret: bytes,
         manifests: Mapping[str, ShardManifest],
         round_trips_s: Callable[[], Mapping[str, float]],
-        reserved: Iterable[str],
+        reserved: Mapping[str, str],
     ) -> None:
         self.books = books
         self.account_routes: AccountRoutes | None = None
@@ -193,7 +194,7 @@ class _Parts:
             self.pipelines,
         )
         self.registry = Registry(books, _now_ms, config.auto_approve_cargos, (_BUILT_IN, *manifests, *reserved))
-        self.placer.releases = self.registry.releases
+        self.placer.releases = lambda cargo: (reserved[cargo],) if cargo in reserved else self.registry.releases(cargo)
         me = Identity(key.peer_id, boot)
         self.market = MarketShell(books, self.placer, port, me.owner, _now_ms, config.job_timeout_s)
         self.desk = Desk(

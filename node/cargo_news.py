@@ -63,6 +63,7 @@ class CargoNews:
     """What one node knows about Cargos. ``pass_on`` is told what is news and who said it (empty: this node itself).
 
     ``on_revoked`` are called with the address of each Cargo that may no longer run, in the task that heard it; they must not block.
+    ``on_early``: after a publisher's word on a Cargo that the network does not list; whoever has such a one asks ``may_run`` again.
     """
 
     def __init__(self, folder: Path, network: str, clock_ms: Callable[[], int] = now_ms) -> None:
@@ -72,6 +73,7 @@ class CargoNews:
         self.shelf = CargoShelf(network, self._coordinators.__contains__)
         self.known: dict[About, Keyed] = {about: Keyed() for about in About}
         self.on_revoked: list[Callable[[str], object]] = []
+        self.on_early: list[Callable[[], object]] = []
         self.pass_on: PassOn = lambda notices, sender: None
         self.counts = NewsCounts()
         self._early: OrderedDict[bytes, Notice] = OrderedDict()
@@ -185,6 +187,8 @@ class CargoNews:
         self.shelf.revoke(signed)
         self._note_seen(told.notice, counts=False)
         self._early[told.key] = told.notice
+        for heard in self.on_early:
+            heard()
         if len(self._early) > limits.SHELF_EARLY_MAX:
             self._early.popitem(last=False)
 

@@ -35,7 +35,7 @@ from node.net.frames import FrameStream
 from node.net.host import Host, PeerLost, open_host
 from node.notice_store import NEWS_FOLDER
 from node.ready import remove_ready, write_ready
-from node.shipped import shipped_names
+from node.shipped import shipped_addresses
 from node.signals import watch_signals
 from node.spread import Spreader
 from node.trust import check_delegation
@@ -215,7 +215,7 @@ class _Coordinator:
                 self._well_known,
                 self._role.manifests,
                 self._host.round_trips_s,
-                shipped_names(),
+                await trio.to_thread.run_sync(shipped_addresses),
             ) as server, self._listing(server).running():
                 self._pipelines = server.pipelines
                 self._direct = direct = DirectServer(server.direct, self._hello)

@@ -50,6 +50,7 @@ class ManifestCargos:
         self._waiting = set(registered)
         self.loaded = trio.Event()
         news.on_revoked.append(self._revoked)
+        news.on_early.append(self._look_again)
 
     def __repr__(self) -> str:
         return f"<ManifestCargos {self._deck!r}, {len(self._waiting)} waiting>"
@@ -165,6 +166,12 @@ class ManifestCargos:
         ]
         runs = [cargo for cargo in found if self._news.may_run(cargo.address) is None]
         return max(runs, key=lambda cargo: cargo.manifest.published_at_ms, default=None)
+
+    def _look_again(self) -> None:
+        """Something was revoked that the network does not list: it may be here all the same, from a file."""
+        for on_deck in list(self._deck.cargos.values()):
+            if on_deck.manifest is not None and self._news.may_run(on_deck.address, on_deck.manifest.publisher) is Why.REVOKED:
+                self._revoked(on_deck.address)
 
     def _revoked(self, address: str) -> None:
         """Called by the news; must not block."""

@@ -85,6 +85,11 @@ def shipped(name: str) -> Shipped | None:
     return _of_folder(name, cargos.FOLDER, f"{name}.toml")
 
 
+def shipped_addresses() -> dict[str, str]:
+    """Name -> content address, of all that ship. Reads and hashes their files."""
+    return {name: one.address for name in shipped_names() if (one := shipped(name)) is not None}
+
+
 def _of_module(name: str, module: str) -> Shipped:
     loaded = modules.load(module)
     size = len(loaded.wasm)

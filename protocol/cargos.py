@@ -74,6 +74,8 @@ class CargoFile:
         for source in self.sources:
             if len(source) > limits.TEXT_CHARS_MAX or not _SOURCE.match(source):
                 raise ValueError(f"a source is https:, hf:, pypi: or peer:, without spaces, not {source[:80]!r}")
+            if source.startswith("https:") and "@" in source.removeprefix("https://").partition("/")[0]:
+                raise ValueError("a source names no user and no password: everybody reads a manifest")
         self._check_root()
 
     def _check_root(self) -> None:

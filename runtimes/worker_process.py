@@ -230,4 +230,5 @@ def _spawn(command: list[str], descriptor: int, environment: dict[str, str]) -> 
         stdout=subprocess.DEVNULL,
         env=environment,
         cwd="/",
+        start_new_session=True,  # signals to the node's group are for the node
     )

@@ -35,7 +35,8 @@ def read_body(body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         raise bad_request(text, "input", "missing_required_parameter")
     need_cargo(cargo, "cargo")
     if _json_bytes(given) > limits.JOB_INPUT_JSON_BYTES_MAX:
-        raise bad_request(f"input is over {limits.JOB_INPUT_JSON_BYTES_MAX} bytes", "input", "input_too_large")
+        text = f"input is over {limits.JOB_INPUT_JSON_BYTES_MAX} bytes; send less at a time, or a smaller picture"
+        raise bad_request(text, "input", "input_too_large")
     return cargo, given
 
 

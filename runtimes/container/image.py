@@ -112,8 +112,8 @@ async def _pull(engine: ContainerEngine, entry: str, registries: frozenset[str])
     if registry not in registries:
         whence = registry or "a registry that its entry does not name"
         raise ConfigError(
-            f"the image is not here, and it may not be pulled from {whence}: allow that registry in the settings, or have the "
-            "publisher pack the image into the Cargo"
+            f"the image is not here, and it may not be pulled from {whence}: its publisher has to pack it into the Cargo as image.tar "
+            "(podman save --format oci-archive)"
         )
     answer = await call_program((*engine.prefix, "pull", "--quiet", entry), _PULL_S)
     if answer.code:

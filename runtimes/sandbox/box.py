@@ -253,6 +253,7 @@ def _spawn_bwrap(command: Sequence[str], given: Descriptors, stderr: int) -> sub
         stderr=stderr,
         env={},  # what bubblewrap has, the program could read from /proc/1/environ
         cwd="/",
+        start_new_session=True,  # Ctrl-C and signals to a whole group are for the node, which ends it when its jobs are done
     )
 
 

@@ -4,6 +4,8 @@ HTTP, and revoked while it runs."""
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,3 +149,33 @@ def test_what_runs_of_a_revoked_cargo_is_ended(
 def test_a_name_that_nobody_lists_ends_the_start(network: LocalNetwork, tmp_path: Path) -> None:
     with pytest.raises(NodeFailed, match="'never-listed' is no model, no file and no Cargo that ships, and this network lists none"):
         network.start_island("mistyped", "--cargo", "never-listed").wait_ready()
+
+
+def test_a_publishers_word_reaches_an_island_that_comes_later(
+    network: LocalNetwork, client: httpx.Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a file that the network does not list any more."""
+    file = packed(tmp_path, "taken-back", modules.load("slug").wasm)
+    at = ["--coordinator", network.url, "--api-key", publish(network, file, capsys)]
+    wait_for("it is listed", lambda: client.get("/api/v1/cargos/taken-back").status_code == 200)
+    args = ["cargo", "revoke", "taken-back@1.0.0", "--reason", "mine", "--data-dir", str(tmp_path / "publisher"), *at]
+    assert main(args) == 0, capsys.readouterr()
+    island = network.start_island("later", "--cargo", str(file), "--cache-dir", str(tmp_path / "cache"))
+    island.wait_ready()
+    wait_for("it takes it down", lambda: not offers(island, "taken-back"), KILL_S_MAX)
+    island.stop()
+
+
+def test_signals_to_the_whole_group_let_jobs_finish(network: LocalNetwork, client: httpx.Client) -> None:
+    """As Ctrl-C at a terminal sends them: workers go on until their jobs are done."""
+    island = network.start_island("group", "--cargo", "shapes")
+    island.wait_ready()
+    body = {"cargo": "shapes", "stream": True, "input": {"prompt": "a red circle on a white ground", "n": 4}}
+    with client.stream("POST", "/api/v1/jobs", json=body) as answer:
+        lines = answer.iter_lines()
+        while "progress" not in next(lines):
+            pass
+        os.killpg(island.process.pid, signal.SIGTERM)
+        rest = [line for line in lines if line.startswith("event: ")]
+    assert rest[-1] == "event: complete" and rest.count("event: image") == 4
+    assert island.process.wait(30) == 0

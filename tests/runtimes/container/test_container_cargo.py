@@ -238,7 +238,7 @@ async def test_image_that_the_engine_has_is_run_by_its_digest(port: Port) -> Non
 @pytest.mark.parametrize(
     "name,registries,said",
     [
-        ("docker.io/library/debian", frozenset(), "may not be pulled from docker.io: allow that registry"),
+        ("docker.io/library/debian", frozenset(), "may not be pulled from docker.io: its publisher has to pack it"),
         ("debian", frozenset({"docker.io"}), "a registry that its entry does not name"),
         ("169.254.169.254/x", frozenset({"docker.io"}), "may not be pulled from 169.254.169.254"),
         ("localhost:1/x", frozenset({"localhost:1"}), "could not pull the image"),
