@@ -11,6 +11,7 @@ from coordinator.books.stored import apply_together
 from node.database import open_books
 from node.demo_client import DemoFailed, ask_json
 from node.localnet import LocalNetwork
+from tests.node.coordinators_net import wait_for
 
 
 def test_an_owner_sets_what_his_island_asks(tmp_path: Path) -> None:
@@ -28,8 +29,11 @@ def test_an_owner_sets_what_his_island_asks(tmp_path: Path) -> None:
             return ask_json(network.url, key, "/api/v1/market/asking-prices", body)
 
         assert wish(ann, open_peer)["asking_price"] == "0.5+2+0"
-        book = ask_json(network.url, ann, "/api/v1/market/orderbook/echo")
-        assert book["max_ask_price"] == "2.5"  # 0.5 a job and 2 for 1,000 tokens
+
+        def highest() -> object:
+            return ask_json(network.url, ann, "/api/v1/market/orderbook/echo")["max_ask_price"]
+
+        wait_for("its ad says so", lambda: highest() == "2.5")  # 0.5 a job and 2 for 1,000 tokens
         for key, peer, cargo, status in (
             (ben, open_peer, "echo", "404"),  # not his
             (ann, shut_peer, "echo", "400"),  # not allowed where it runs
