@@ -25,8 +25,8 @@ RATE_WINDOW_MS = 24 * 3_600_000  # one quiet day does not lose the rate
 RATE_CLEARINGS_MAX = 1000  # and where there is trade, the rate is as young as the last thousand jobs
 _SKEW_MS = int(limits.CLOCK_SKEW_S * 1000)
 
-_Sums = tuple[int, int, int, int, int, int]
-_NOTHING: _Sums = (0,) * 6
+_Sums = tuple[int, int, int, int, int, int, int, int]
+_NOTHING: _Sums = (0,) * 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +98,17 @@ class MarketRate:
 
     def rate(self, now_ms: int) -> Ask | None:
         """The rate at ``now_ms``; None without a job in the window."""
-        jobs, per_job, tokens, per_tokens, time_ms, per_time = self._in_window(now_ms)
+        jobs, per_job, tokens, per_tokens, time_ms, per_time, plain_1k, plain_second = self._in_window(now_ms)
         if not jobs:
             return None
-        return Ask(average(per_job, jobs) or 0, average(per_tokens, tokens) or 0, average(per_time, time_ms) or 0)
+        # jobs that used none of something say nothing of what it is worth, but they were placed at an ask for it
+        per_1k = average(per_tokens, tokens) if tokens else average(plain_1k, jobs)
+        per_second = average(per_time, time_ms) if time_ms else average(plain_second, jobs)
+        return Ask(average(per_job, jobs) or 0, per_1k or 0, per_second or 0)
 
     def tokens_per_s(self, now_ms: int) -> float:
         """Output tokens per second of compute of the jobs in the window; 0.0 where nothing is known."""
-        _, _, tokens, _, time_ms, _ = self._in_window(now_ms)
+        _, _, tokens, _, time_ms, *_ = self._in_window(now_ms)
         return 1000 * tokens / time_ms if time_ms else 0.0
 
     def jobs(self, now_ms: int) -> int:
@@ -148,12 +151,12 @@ def _weights(clearing: Clearing) -> _Sums:
     asked = ask.price(tokens, time_ms)
     if paid < asked:
         per_job, per_1k, per_second = (part * paid // asked for part in (per_job, per_1k, per_second))
-    return 1, per_job, tokens, per_1k * tokens, time_ms, per_second * time_ms
+    return 1, per_job, tokens, per_1k * tokens, time_ms, per_second * time_ms, ask.per_1k_output, ask.per_second
 
 
 def _plus(a: _Sums, b: _Sums) -> _Sums:
-    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5]
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6], a[7] + b[7]
 
 
 def _minus(a: _Sums, b: _Sums) -> _Sums:
-    return a[0] - b[0], a[1] - b[1], a[2] - b[2], a[3] - b[3], a[4] - b[4], a[5] - b[5]
+    return a[0] - b[0], a[1] - b[1], a[2] - b[2], a[3] - b[3], a[4] - b[4], a[5] - b[5], a[6] - b[6], a[7] - b[7]

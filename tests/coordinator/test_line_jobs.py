@@ -11,6 +11,7 @@ import httpx
 import pytest
 import trio
 
+from coordinator import openings
 from coordinator.books.jobs import JobState
 from coordinator.http.job_input import job_order
 from coordinator.http.terms import Terms
@@ -257,3 +258,15 @@ async def test_only_releases_that_are_listed_are_run_under_their_name(tmp_path: 
         error = error_of(await post(running, stream=True), 404, "model_not_found", "model")
         assert "no release" in error["message"]
         assert await funds(running) == (ALL - 6 * ASK.price(4, 0), 0)
+
+
+async def test_a_streamed_job_whose_only_word_is_its_last_is_one_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openings, "LATEST_S", 60.0)
+    async with opened(url_of(tmp_path), counter(1, LineScript((DONE,)), LineScript((DONE,)), LineScript(SOME))) as running:
+        await post(running, stream=True)  # so that its balance is known
+        joined = running.server.desk.openings.joined
+        assert events_of((await post(running, stream=True)).text)[-1][0] == "complete"
+        assert running.server.desk.openings.joined == joined + 1
+        assert events_of((await post(running, stream=True)).text)[-1][0] == "complete"
+        assert running.server.desk.openings.joined == joined + 1, "of this one something was told before its end"
+        assert await funds(running) == (ALL - 2 * ASK.price(0, 0) - ASK.price(4, 0), 0)
