@@ -63,14 +63,6 @@ class Runtimes:
     why_no_container: str = ""
     node_id: str = ""
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """For the ad: the runtimes whose programs are installed."""
-        found = [runtime for runtime, module in _NEEDS_MODULE.items() if _is_installed(module)]
-        if self.sandbox.level is Level.NONE:
-            found = [runtime for runtime in found if runtime in (Runtime.WASM, Runtime.GGUF)]
-        return tuple(sorted([*found, *([Runtime.CONTAINER] if self.container is not None else [])]))
-
 
 def _is_installed(module: str) -> bool:
     from importlib.util import find_spec

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
@@ -55,7 +56,7 @@ def pause_after(pause_s: float, served_s: float) -> float:
     return min(max(2 * pause_s, limits.WORKER_RESTART_MIN_S), limits.WORKER_RESTART_MAX_S)
 
 
-class WorkerLink:
+class WorkerLink(ABC):
     """Frames to and from one life of a worker. ``heard_s``: when it said something last, on trio's clock; ``ready_s``: when it was loaded,
     set by whoever knows; ``has_stalled``: it gets no time to end by itself."""
 
@@ -74,17 +75,18 @@ class WorkerLink:
         return f"<{type(self).__name__} {self._registry.name} {self.pid}>"
 
     @property
+    @abstractmethod
     def pid(self) -> int:
         """Of the process with which all of the worker ends."""
-        raise NotImplementedError
 
     @property
     def overrun(self) -> str:
         """Why the sandbox ended it; empty where it did not."""
         return ""
 
+    @abstractmethod
     def rest(self, is_resting: bool) -> None:
-        """Whether it has nothing to do."""
+        """Whether it has nothing to do, for whoever watches what it uses."""
 
     def send_nowait(self, message: object) -> None:
         """At once where the socket takes it, which spares each token a turn of the scheduler; else when it does."""
@@ -129,9 +131,9 @@ class WorkerLink:
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             return b""
 
+    @abstractmethod
     async def end(self) -> int:
         """Ends the worker, at once where it has stalled, and returns its exit code."""
-        raise NotImplementedError
 
 
 class WorkerProcess(WorkerLink):
@@ -155,6 +157,9 @@ class WorkerProcess(WorkerLink):
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    def rest(self, is_resting: bool) -> None:
+        """Nobody watches it."""
 
     async def end(self) -> int:
         with trio.CancelScope(shield=True):

@@ -66,6 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES",
         help=f"largest request body (default: {limits.BODY_BYTES_MAX}; at most {limits.JOB_INPUT_BYTES_MAX})",
     )
+    _add_work_arguments(parser)
+    add_network(parser, "/ip4/0.0.0.0/tcp/4001")
+    add_logging(parser)
+
+
+def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
+    """Jobs, answers, and who may do what."""
     parser.add_argument(
         "--job-timeout",
         type=float,
@@ -108,8 +115,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(Activations),
         help="how hidden states travel between the stages of a pipeline: f32 is exact (default), f16 and int8 are smaller",
     )
-    add_network(parser, "/ip4/0.0.0.0/tcp/4001")
-    add_logging(parser)
 
 
 def _manifests(files: list[str]) -> dict[str, ShardManifest]:

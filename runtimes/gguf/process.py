@@ -20,6 +20,7 @@ import trio
 
 from protocol import limits
 from protocol.errors import ConfigError, RemoteProtocolError
+from runtimes.error_groups import only_error
 from runtimes.gguf.messages import GGUF_WORKER, Load, LoadFailed, Ready
 from runtimes.worker_process import Walls, WorkerLink, WorkerProcess, environment_of, open_walled, pause_after
 
@@ -223,12 +224,4 @@ async def opened(engine: Opened) -> AsyncIterator[Opened]:
                 with trio.CancelScope(shield=True):
                     await engine.aclose()
     except BaseExceptionGroup as group:
-        raise _only(group) from None
-
-
-def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The one error in a group of one: our nursery is not the caller's business."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
+        raise only_error(group) from None

@@ -25,6 +25,7 @@ from protocol import checks, limits
 from protocol.cargo_io import ErrorLine, Line, LineReader, OutputLimits, decode_input
 from protocol.errors import Code, ConfigError, LocalProtocolError, Refused, RemoteProtocolError
 from runtimes.base import CargoFacts, LineRequest
+from runtimes.error_groups import only_error
 from runtimes.lines.engine import LoadOrder
 from runtimes.lines.messages import Cancel, Ended, Load, Outcome, Output, PlacedFile, Run, Taken
 from runtimes.lines.process import Lane, Start
@@ -363,12 +364,4 @@ async def open_line_cargo(
             yield cargo
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        raise _only(group) from None
-
-
-def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The one error in a group of one: our nursery is not the caller's business."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
+        raise only_error(group) from None

@@ -27,6 +27,7 @@ from pathlib import Path
 import trio
 
 from protocol.errors import ArchipelagError, ConfigError
+from runtimes.error_groups import only_error
 from runtimes.sandbox.cgroup import Group, make_group
 from runtimes.sandbox.command import (
     SCRATCH,
@@ -180,17 +181,10 @@ async def open_sandboxed(
                 finally:
                     nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
-            raise _only(group) from None
+            raise only_error(group) from None
         finally:
             await _end(tree)
 
-
-def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The one error in a group of one: our nursery is not the caller's business."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
 
 
 async def _start(program: Program, tier: Tier, sandbox: Sandbox, control: int, stderr: int) -> _Tree:

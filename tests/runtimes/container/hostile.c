@@ -221,7 +221,7 @@ static int host_files(void) {
     win_if(readable(outside), "file by proc");
     snprintf(outside, sizeof outside, "../../../../../../../..%s", path);
     win_if(readable(outside), "file by dots");
-    const char *places[] = {"/etc/shadow", "/root/.ssh", "/home", "/proc/kcore", "/dev/mem", "/dev/sda", "/dev/vda", "/proc/sysrq-trigger",
+    const char *places[] = {"/etc/shadow", "/etc/gshadow", "/home", "/proc/kcore", "/dev/mem", "/dev/sda", "/dev/vda", "/proc/sysrq-trigger",
                             "/var/run/docker.sock", "/run/podman/podman.sock", "/proc/keys", "/dev/kmsg"};
     for (size_t i = 0; i < sizeof places / sizeof *places; i++) win_if(readable(places[i]), places[i]);
     extern char **environ;
