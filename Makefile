@@ -41,7 +41,7 @@ test: setup-test  ## All tests, with reduced counts
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 soak: setup-test  ## The tests that take long, with the full counts
-	@$(BIN)/python -m pytest -m soak -s $(ARGS)
+	@$(BIN)/python -m pytest -m soak -s --timeout 0 $(ARGS)
 
 bench: setup-test  ## Measure, and compare with other servers; the table goes to stdout, JSON to bench/results/
 	@$(SETUP) bench

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.hang_report import HangReport
 from tests.postgres import PostgresServer, require_server
 
 _RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results"
@@ -39,6 +40,8 @@ class _SoakReport:
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr == "soak" and not config.option.collectonly:
         config.pluginmanager.register(_SoakReport())
+    if limit_s := float(config.getini("timeout")):
+        config.pluginmanager.register(HangReport(limit_s))
 
 
 @pytest.fixture(scope="session")

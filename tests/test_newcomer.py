@@ -17,6 +17,7 @@ _TIMEOUT_S = 1200  # a machine without a wheel of llama.cpp compiles it
 
 
 @pytest.mark.network
+@pytest.mark.timeout(_TIMEOUT_S + 60)
 def test_make_demo_on_a_clean_checkout(tmp_path: Path) -> None:
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("this is no git checkout, so there is nothing to clone")

@@ -1,0 +1,76 @@
+"""Says where a test hangs before its time limit ends it: the stacks of all tasks of trio, of all threads, and the processes beneath.
+
+pytest's own report of a time-out shows the event loop, which only waits. What a hang needs is what each task waits for.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import CoroutineType, FrameType, GeneratorType
+
+import pytest
+import trio
+
+_PERIOD_S = 5.0
+_BEFORE_THE_LIMIT_S = 20.0
+
+
+class HangReport:
+    """A plugin for pytest: one thread that looks at the clock of the test that runs. ``limit_s``: what ends a test."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._report_s = limit_s - _BEFORE_THE_LIMIT_S
+        self._running: tuple[str, float] | None = None
+        threading.Thread(target=self._watch, name="hang report", daemon=True).start()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self._running = (item.nodeid, time.monotonic())
+        try:
+            return (yield)
+        finally:
+            self._running = None
+
+    def _watch(self) -> None:
+        reported: tuple[str, float] | None = None
+        while True:
+            time.sleep(_PERIOD_S)
+            running = self._running
+            if running is not None and running != reported and time.monotonic() - running[1] > self._report_s:
+                reported = running
+                print(
+                    f"\n{running[0]} has run for {time.monotonic() - running[1]:.0f} s.\n{describe()}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                faulthandler.dump_traceback(2)
+
+
+def describe() -> str:
+    """What all tasks wait for, and which processes are there (the kernel's own, children of 2, left out)."""
+    tasks = [thing for thing in gc.get_objects() if isinstance(thing, trio.lowlevel.Task)]
+    lines = [line for task in tasks for line in _stack(task)]
+    command = ["ps", "-N", "--ppid", "2", "-o", "pid,ppid,stat,etimes,wchan:20,args", "--cols", "220"]
+    processes = subprocess.run(command, capture_output=True, text=True)
+    return "\n".join([f"{len(tasks)} tasks of trio:", *lines, processes.stdout])
+
+
+def _stack(task: trio.lowlevel.Task) -> Iterator[str]:
+    yield f"  {task.name}"
+    awaited: object = task.coro
+    while awaited is not None:
+        frame: FrameType | None = None
+        if isinstance(awaited, CoroutineType):
+            frame, awaited = awaited.cr_frame, awaited.cr_await
+        elif isinstance(awaited, GeneratorType):
+            frame, awaited = awaited.gi_frame, awaited.gi_yieldfrom
+        else:
+            frame, awaited = getattr(awaited, "ag_frame", None), getattr(awaited, "ag_await", None)
+        if frame is not None:
+            yield f"    {frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"
