@@ -24,8 +24,9 @@ def is_loopback(host: str) -> bool:
 class CoordinatorConfig:
     """``http_port`` 0 picks a free one. ``trusted_proxies``: addresses or networks whose X-Forwarded-For counts. ``activations``: how
     hidden states travel between the stages of a pipeline. ``retry_window_s``: how long a chat's answer is kept for a client that asks
-    again, ``result_retention_s``: how long that of a submitted job is; 0 keeps none. ``require_approval``: only Islands that the operator
-    has approved get jobs. ``auto_approve_cargos``: a Cargo that is published needs no word of the operator's.
+    again, ``result_retention_s``: how long that of a submitted job is; 0 keeps none. ``run_retention_s``: how long batches and workflows
+    are, with all that their jobs said. ``require_approval``: only Islands that the operator has approved get jobs. ``auto_approve_cargos``:
+    a Cargo that is published needs no word of the operator's.
     ``requests_per_minute_per_address``: 0 is no limit."""
 
     database_url: str
@@ -45,6 +46,7 @@ class CoordinatorConfig:
     activations: Activations = Activations.F32
     retry_window_s: float = limits.RETRY_WINDOW_S
     result_retention_s: float = limits.RESULT_RETENTION_S
+    run_retention_s: float = limits.RUN_RETENTION_S
     require_approval: bool = False
     auto_approve_cargos: bool = True
     version: str = "0"

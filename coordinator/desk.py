@@ -16,8 +16,8 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import trio
@@ -25,23 +25,26 @@ import trio
 from coordinator.books import job_queries
 from coordinator.books.books import Books
 from coordinator.books.errors import BooksRefused, BooksUnavailable, Why
-from coordinator.books.jobs import Earned, Job, JobState, OpenJob, Outcome, Placed, SettleJob, StartJob
+from coordinator.books.jobs import Earned, Job, JobState, OpenJob, Outcome, Placed, RecordJob, SettleJob, StartJob
 from coordinator.books.ledger import Refund
+from coordinator.cache.asking import CacheAsk
 from coordinator.charging import agreed_ask, earned_of, owed_for_delivered
 from coordinator.dispatch import Dispatcher, Emit
 from coordinator.exchange.bids import Bid, Work
 from coordinator.exchange.quotes import Quote, QuoteRefused
 from coordinator.exchange.rates import Clearing
-from coordinator.jobs import Accepted, ChoiceResult, Event, JobSpec, Meter, Replayed, Said, Settled, Text
+from coordinator.jobs import Accepted, ChoiceResult, Event, Meter, Replayed, Said, Settled, Text
 from coordinator.matching import explanation
-from coordinator.openings import Opening, Openings
+from coordinator.openings import Openings
+from coordinator.orders import Identity, JobCancelled, LiveJob, Opened, Order, TakenOver
 from coordinator.transcript import Transcript, replay
 from privacy.sealed_rows import NONCE_BYTES, RowSealer, SealBroken
 from protocol import checks, limits
-from protocol.errors import Code, Refused
+from protocol.errors import Refused
 
 log = logging.getLogger(__name__)
 
+CACHED = "cache"  # where the bid of a job comes from that cost nothing
 HOLD_SLACK_S = 3600.0  # a hold outlives the longest job by this; then nobody will settle it any more
 UNSETTLED_MAX = 10_000  # jobs that wait for the books to come back; their holds release themselves beyond that
 POLL_S = 0.25  # how often a job that another Coordinator runs is looked at
@@ -63,92 +66,13 @@ class Bidding(Protocol):
         ...
 
 
-class JobCancelled(Refused):
-    """Its account does not want the job any more."""
+class Answers(Protocol):
+    """The cache of answers, as far as the desk needs it."""
 
-    def __init__(self) -> None:
-        super().__init__(Code.CANCELLED, "the job was cancelled")
-
-
-class TakenOver(Refused):
-    """The books say that another Coordinator, or a later run of this one, has the job now."""
-
-    def __init__(self) -> None:
-        super().__init__(Code.CANCELLED, "another Coordinator has taken this job over; ask again")
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """A request that has passed all checks. ``delivers``: its words reach the Consumer as they come, so what was delivered counts even when
-    the end does not come. ``keep_s``: how long the answer is kept. ``check``: is told each event before it counts, and raises Refused for
-    what is no answer to the request."""
-
-    spec: JobSpec
-    work: Work
-    kind: str
-    bid_micros: int | None = None
-    quote_id: str = ""
-    policy_text: str = ""
-    delivers: bool = False
-    keep_s: float = 0.0
-    idempotency_key: str = ""
-    fingerprint: str = ""
-    is_retry: bool = False
-    input: bytes = b""  # where it may be run again
-    check: Callable[[Event], None] = lambda event: None
-
-    @property
-    def account(self) -> str:
-        return self.spec.account
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A job in the books, and the spec to run it by; or, with ``earlier``, the answer of the request's first try. ``opening``: the job has
-    still to come into the books."""
-
-    job: Job
-    spec: JobSpec
-    quote: Quote | None = None
-    earlier: tuple[Event, ...] | None = None
-    opening: Opening | None = None
-
-
-@dataclass(slots=True)
-class LiveJob:
-    """A job that this Coordinator runs now. ``opening``: until it is in the books. ``is_lost``: they say that it is another's by now.
-    ``was_read``: somebody has watched its words come."""
-
-    job: Job
-    opening: Opening | None = None
-    is_lost: bool = False
-    was_read: bool = False
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    ended: trio.Event = field(default_factory=trio.Event)
-
-    async def wait_open(self) -> None:
-        """Raises BooksRefused or BooksUnavailable where it has not come into the books."""
-        opening = self.opening
-        if opening is None:
-            return
-        job = await opening.wait()
-        if self.opening is opening:  # or else it was settled at the same time
-            self.job, self.opening = job, None
-
-    async def opening_over(self) -> None:
-        """Whatever came of it: others hear that."""
-        try:
-            await self.wait_open()
-        except (BooksRefused, BooksUnavailable) as error:
-            log.debug("job %s was not opened: %s", self.job.id, error)
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Which run of which Coordinator we are."""
-
-    owner: str
-    boot: int
+    def keep(self, ask: CacheAsk, job: Job, content_hash: str, events: Sequence[Event]) -> None:
+        """A job has succeeded and is paid for. ``content_hash``: of the Cargo that answered; ``events``: as ``transcript.replay`` gives
+        them."""
+        ...
 
 
 class Desk:
@@ -171,6 +95,7 @@ class Desk:
         self._job_timeout_s, self._retry_window_s = job_timeout_s, retry_window_s
         self.live: dict[str, LiveJob] = {}
         self.openings = Openings(books)
+        self.answers: Answers | None = None
         self._unsettled: deque[SettleJob] = deque()
         self.replayed = 0
         self.taken_over = 0
@@ -264,6 +189,7 @@ class Desk:
             fingerprint=order.fingerprint,
             can_rerun=bool(order.input),
             input=self._seal(order.input, spec.job_id) if order.input else b"",
+            parent=order.parent,
         )
         hold_ms = int((self._job_timeout_s * limits.JOB_TRIES_MAX + HOLD_SLACK_S) * 1000)
         key_ms = now_ms + int(max(order.keep_s, self._retry_window_s) * 1000)
@@ -273,6 +199,28 @@ class Desk:
         per_choice = job.bid_micros // len(order.spec.choices)
         spec = replace(order.spec, price_max_micros=per_choice, island=quote.island if quote is not None else "")
         return Opened(job, spec, quote)
+
+    async def record(self, order: Order, events: Sequence[Event]) -> Job:
+        """A job that needed nobody: its answer was there. It costs nothing, and is kept like any other. Gives the earlier job where the
+        order's idempotency key was used before. Raises BooksRefused or BooksUnavailable."""
+        transcript = Transcript()
+        for event in events:
+            transcript.add(event)
+        results, now_ms = transcript.results, self._clock_ms()
+        output, expires_at_ms = b"", 0
+        if order.keep_s > 0:
+            output, expires_at_ms = self._seal(transcript.pack(), order.spec.job_id), now_ms + int(order.keep_s * 1000)
+        opening = self._opening(replace(order, input=b""), 0, CACHED, None)
+        job = replace(
+            opening.job,
+            state=JobState.SUCCEEDED,
+            finished_at_ms=now_ms,
+            prompt_tokens=sum(result.prompt_tokens for result in results),
+            completion_tokens=sum(result.completion_tokens for result in results),
+            output=output,
+            result_expires_at_ms=expires_at_ms,
+        )
+        return await self.books.do(RecordJob(job, order.idempotency_key, opening.key_expires_at_ms))
 
     # ---- answering again
 
@@ -354,10 +302,11 @@ class Desk:
     async def _perform(self, live: LiveJob, opened: Opened, order: Order, emit: Emit) -> Job:
         meter, transcript, spec = Meter(), Transcript(), opened.spec
         last: list[Event] = []
+        is_cached = self.answers is not None and order.cache is not None and order.cache.writes
 
         async def keep(event: Event) -> None:
             order.check(event)
-            if order.keep_s > 0 or isinstance(event, ChoiceResult):
+            if order.keep_s > 0 or is_cached or isinstance(event, ChoiceResult):
                 transcript.add(event)
             is_last = isinstance(event, ChoiceResult) and len(transcript.results) == len(spec.choices)
             if order.delivers and not (is_last or isinstance(event, Accepted)):
@@ -382,6 +331,8 @@ class Desk:
                 await self._abandon(live, opened, order, meter, transcript)
             raise
         job = await self._succeed(live, opened, order, meter, transcript)
+        if is_cached and self.answers is not None and order.cache is not None:
+            self.answers.keep(order.cache, job, _content_hash(meter), replay(transcript.pack(), job.price_micros, job.placement))
         for event in (Settled(job.price_micros, job.placement), *last):
             await emit(event)
         return job
@@ -572,6 +523,12 @@ def _placed(meter: Meter) -> Placed | None:
         return None
     why = json.dumps(explanation(metered.placed), separators=(",", ":"))
     return Placed(metered.island, metered.region, metered.ask, why)
+
+
+def _content_hash(meter: Meter) -> str:
+    """Of the Cargo that gave the first choice."""
+    metered = meter.choices.get(0)
+    return metered.placed.candidate.offer.content_hash if metered is not None and metered.placed is not None else ""
 
 
 def _failed(meter: Meter) -> tuple[str, ...]:

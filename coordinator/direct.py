@@ -39,7 +39,6 @@ from coordinator.books.direct import (
 )
 from coordinator.books.errors import BooksRefused, BooksUnavailable, Why
 from coordinator.books.jobs import Job, JobState
-from coordinator.desk import Identity
 from coordinator.direct_due import Due, due_of, settling, unused
 from coordinator.direct_keys import DirectKeys
 from coordinator.direct_places import Ended, JobNotes, Notes, Place, Places, ended_of
@@ -50,6 +49,7 @@ from coordinator.exchange.quotes import Quote, QuoteRefused
 from coordinator.http.errors import ApiError, bad_request, from_books, from_quote, unavailable
 from coordinator.market import MarketShell
 from coordinator.matching import Candidate, Wish, explanation
+from coordinator.orders import Identity
 from coordinator.pipelines import Pipelines
 from coordinator.placement import Placement, Placer
 from coordinator.regions import Residency, parse_policy

@@ -19,9 +19,10 @@ import trio
 from coordinator.books import job_queries
 from coordinator.books.errors import BooksRefused, BooksUnavailable, Why
 from coordinator.books.jobs import ENDED, Job, JobState, WantCancel
-from coordinator.desk import POLL_S, Desk, JobCancelled, Opened, Order, TakenOver
+from coordinator.desk import POLL_S, Desk
 from coordinator.exchange.quotes import Quote
 from coordinator.jobs import Accepted, ChoiceResult, Event, Said, Text
+from coordinator.orders import JobCancelled, Opened, Order, TakenOver
 from protocol.cargo_io import DoneLine, ImageLine
 from protocol.errors import ArchipelagError, Refused
 

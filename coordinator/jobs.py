@@ -18,7 +18,7 @@ class JobSpec:
     """One request of a Consumer. Each choice runs as a job of its own on some Island; all share the job id.
 
     ``cache_salt``: 32 bytes of the account. ``job_id`` stands in tickets, headers and logs. ``price_max_micros``: what a choice may cost,
-    None for any price. ``island``: where a quote has promised to run it.
+    None for any price. ``island``: where a quote has promised to run it. ``avoid``: Islands that are not to run it.
     """
 
     job_id: str
@@ -30,6 +30,7 @@ class JobSpec:
     policy: Residency | None = None
     priority: int = 0
     island: str = ""
+    avoid: frozenset[str] = frozenset()
     patience_s: float | None = None  # how long it waits for an Island; None: as the Coordinator is set
 
     def __post_init__(self) -> None:
@@ -114,7 +115,16 @@ class Replayed:
     job_id: str
 
 
-Event = Accepted | Text | Said | ChoiceResult | Settled | Replayed
+@dataclass(frozen=True, slots=True)
+class CacheHit:
+    """What follows is a kept answer to the same question (``strategy`` exact) or to one that means the same (semantic). ``key``: under
+    which it is kept, hex."""
+
+    strategy: str
+    key: str
+
+
+Event = Accepted | Text | Said | ChoiceResult | Settled | Replayed | CacheHit
 
 
 @dataclass(slots=True)

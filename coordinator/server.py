@@ -18,12 +18,12 @@ from coordinator.affinity import Affinity
 from coordinator.books.books import Books, open_books
 from coordinator.books.jobs import Job
 from coordinator.config import CoordinatorConfig
-from coordinator.desk import Desk, Identity, Order
+from coordinator.desk import Desk
 from coordinator.direct import DirectBooks
 from coordinator.direct_keys import DirectKeys
 from coordinator.dispatch import Dispatcher
 from coordinator.http.account_routes import AccountRoutes
-from coordinator.http.app import Admit, Api, Routes, Services
+from coordinator.http.app import Admit, Api, Routes, Services, Worker
 from coordinator.http.auth import Gate
 from coordinator.http.bridge import Bridge
 from coordinator.http.cargo_routes import CargoRoutes
@@ -36,11 +36,13 @@ from coordinator.http.thread import HttpThread, tls_context
 from coordinator.job_board import JobBoard
 from coordinator.keys import KeyStore
 from coordinator.market import MarketShell
+from coordinator.orders import Identity, Order
 from coordinator.pipelines import Pipelines
 from coordinator.placement import Placer
 from coordinator.ports import IslandPort
 from coordinator.regions import parse_policy
 from coordinator.registry import Registry
+from coordinator.runs.board import RunBoard
 from coordinator.standing import Standing
 from coordinator.statistics import Statistics
 from coordinator.tickets import TicketIssuer
@@ -77,7 +79,7 @@ class CoordinatorServer:
         It listens until then, so that whoever distributes requests sees the health say "draining", and clients hear where to go.
         """
         self._services.draining.set()
-        self._parts.upkeep.draining = True
+        self._parts.upkeep.draining = self._parts.runs.draining = True
         with trio.move_on_after(timeout_s):
             while self._api.answering or self.desk.is_busy:
                 await trio.sleep(_DRAIN_POLL_S)
@@ -195,13 +197,13 @@ class _Parts:
         )
         self.registry = Registry(books, _now_ms, config.auto_approve_cargos, (_BUILT_IN, *manifests, *reserved))
         self.placer.releases = lambda cargo: (reserved[cargo],) if cargo in reserved else self.registry.releases(cargo)
-        me = Identity(key.peer_id, boot)
+        me, sealer = Identity(key.peer_id, boot), RowSealer(salt_secret)
         self.market = MarketShell(books, self.placer, port, me.owner, _now_ms, config.job_timeout_s)
         self.desk = Desk(
             books,
             self.dispatcher,
             self.market,
-            RowSealer(salt_secret),
+            sealer,
             me,
             _now_ms,
             secrets.token_bytes,
@@ -223,7 +225,11 @@ class _Parts:
             self.pipelines,
         )
         self.board = JobBoard(self.desk, _restorer(salt_secret, config, self.placer))
-        self.upkeep = Upkeep(self.desk, self.board, standing, self.market, lambda: self.url)
+        self.worker: Worker = self.desk
+        self.runs = RunBoard(
+            books, self.worker, self.desk.kept, sealer, me, _now_ms, secrets.token_bytes, config.run_retention_s, config.retry_window_s
+        )
+        self.upkeep = Upkeep(self.desk, self.board, standing, self.market, lambda: self.url, self.runs)
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Each is ready before the next one begins."""
@@ -231,6 +237,7 @@ class _Parts:
         await nursery.start(self.pipelines.run)
         await nursery.start(self.desk.openings.run)
         await nursery.start(self.board.run)
+        await nursery.start(self.runs.run)
         await nursery.start(self.market.run)
         await nursery.start(self.upkeep.run)
         nursery.start_soon(self.direct_keys.run)
@@ -300,7 +307,7 @@ def _services(
 
     services = Services(
         bridge=bridge,
-        worker=parts.desk,
+        worker=parts.worker,
         islands=parts.placer.islands,
         cargos=cargos,
         gate=gate,

@@ -26,6 +26,7 @@ from coordinator.books.jobs import Adopt, Job, JobState, Outcome, SettleJob
 from coordinator.desk import Desk
 from coordinator.job_board import JobBoard
 from coordinator.market import MarketShell
+from coordinator.runs.board import RunBoard
 from coordinator.standing import Standing
 from protocol import limits
 from protocol.errors import ConfigError
@@ -102,8 +103,17 @@ class Vigil:
 class Upkeep:
     """Runs on trio."""
 
-    def __init__(self, desk: Desk, board: JobBoard, standing: Standing, market: MarketShell, url: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        desk: Desk,
+        board: JobBoard,
+        standing: Standing,
+        market: MarketShell,
+        url: Callable[[], str],
+        runs: RunBoard | None = None,
+    ) -> None:
         self._desk, self._board, self._standing, self._market, self._url = desk, board, standing, market, url
+        self._runs = runs
         self._books = desk.books
         self._healthy = True
         self._beaten_s = float("-inf")  # when the last sign of life was on disk, by trio's clock
@@ -164,6 +174,8 @@ class Upkeep:
                 if job.id not in self._desk.live:  # taken from us while we slept: that run has still to find out
                     await self._adopt(job)
         await self._tend_own()
+        if self._runs is not None:
+            await self._runs.tend(live)
         if sweep:
             await self._sweep(live)
         await self._desk.settle_again()
@@ -241,6 +253,8 @@ class Upkeep:
         now_ms = await self._books.now_ms()
         await self._books.change(market_queries.forget_quotes, now_ms - _QUOTES_KEPT_MS)
         await self._books.change(job_queries.forget_results, now_ms)
+        if self._runs is not None:
+            await self._runs.forget(now_ms)
         await self._books.change(job_queries.forget_requests, now_ms)
         for job in await self._books.ask(job_queries.expired_holds, now_ms, _JOBS_AT_ONCE):
             if live.get(job.owner) != job.owner_boot:  # whoever lives settles his own, whatever a clock that jumped says

@@ -20,11 +20,11 @@ from typing import Any
 import trio
 
 from coordinator.affinity import Affinity
-from coordinator.desk import Order
 from coordinator.dispatch import Dispatcher, Emit
 from coordinator.http.errors import ApiError
 from coordinator.jobs import ChoiceResult, Event, Replayed, Settled
 from coordinator.matching import Candidate, Choice, Considered, Level, Wish
+from coordinator.orders import Order
 from coordinator.placement import Placement
 from coordinator.planning import Plan, PlannedStage
 from coordinator.standing import Standing

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import trio
 
 from coordinator.books.errors import BooksRefused, Why
-from coordinator.desk import Order
 from coordinator.jobs import Event
+from coordinator.orders import Order
 from coordinator.transcript import replay
 from protocol import limits
 

@@ -229,6 +229,7 @@ JOB_ATTEMPTS_MAX = 8
 JOB_TIMEOUT_S = 600.0
 RETRY_WINDOW_S = 300.0  # so long a chat's answer is kept, sealed, for a client that asks again after it was cut off
 RESULT_RETENTION_S = 3600.0  # and so long that of a job that was submitted
+RUN_RETENTION_S = 86_400.0  # and so long those of a batch or a workflow, after its end
 JOB_TRIES_MAX = 3  # a job whose Coordinator is gone is run again at most so often in all (mission.md)
 COMPLETION_CHOICES_MAX = 64  # prompts x n of one completion request
 RESPONSE_BUFFER_EVENTS_MAX = 256

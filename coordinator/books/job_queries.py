@@ -17,14 +17,15 @@ from protocol import limits
 _JOB_FIELDS = tuple(field.name for field in fields(Job))
 _BLOBS = ("input", "output")
 _ONE = sql.select(*(jobs.c[name] for name in _JOB_FIELDS))
-_LISTED = tuple(name for name in _JOB_FIELDS if name not in _BLOBS)
-_LIST = sql.select(*(jobs.c[name] for name in _LISTED))
+LISTED = tuple(name for name in _JOB_FIELDS if name not in _BLOBS)
+_LIST = sql.select(*(jobs.c[name] for name in LISTED))
 _CHARGES_MAX = limits.COMPLETION_CHOICES_MAX * limits.ROUTE_STAGES_MAX + 1  # each choice pays each stage, and all the publisher
 _SKEW_MS = int(limits.CLOCK_SKEW_S * 1000)
 _OPEN = jobs.c.state.in_(("submitted", "assigned", "running"))  # as the partial index says it
 
 
-def _job(row: sql.Row[Any]) -> Job:
+def job_from(row: sql.Row[Any]) -> Job:
+    """From the columns in LISTED, or all."""
     values = dict(row._mapping)
     return Job(**{**values, "state": JobState(values["state"])})
 
@@ -32,13 +33,13 @@ def _job(row: sql.Row[Any]) -> Job:
 def job_of(connection: sql.Connection, job_id: str, account: str) -> Job | None:
     """A job of this account, with its sealed input and output."""
     row = connection.execute(_ONE.where(jobs.c.id == job_id, jobs.c.account == account)).first()
-    return _job(row) if row is not None else None
+    return job_from(row) if row is not None else None
 
 
 def any_job(connection: sql.Connection, job_id: str) -> Job | None:
     """A job of any account, with its sealed input and output: for who has shown otherwise that he may see it."""
     row = connection.execute(_ONE.where(jobs.c.id == job_id)).first()
-    return _job(row) if row is not None else None
+    return job_from(row) if row is not None else None
 
 
 def kept_until(connection: sql.Connection, job_id: str) -> int:
@@ -50,28 +51,28 @@ def job_by_fingerprint(connection: sql.Connection, account: str, fingerprint: st
     """The newest job that this very request has made before."""
     recent = (jobs.c.account == account) & (jobs.c.created_at_ms >= since_ms) & (jobs.c.fingerprint == fingerprint)
     row = connection.execute(_ONE.where(recent).order_by(jobs.c.created_at_ms.desc()).limit(1)).first()
-    return _job(row) if row is not None else None
+    return job_from(row) if row is not None else None
 
 
 def job_by_key(connection: sql.Connection, account: str, key: str, fingerprint: str, now_ms: int) -> Job | None:
     """The job that a request of this idempotency key stands for."""
     valid = (requests.c.id == request_id(account, key)) & (requests.c.fingerprint == fingerprint) & (requests.c.expires_at_ms >= now_ms)
     row = connection.execute(_ONE.join_from(jobs, requests, jobs.c.id == requests.c.job_id).where(valid)).first()
-    return _job(row) if row is not None else None
+    return job_from(row) if row is not None else None
 
 
 def jobs_of(
-    connection: sql.Connection, account: str, limit: int, offset: int, states: Sequence[JobState] = (), cargo: str = ""
+    connection: sql.Connection, account: str, limit: int, offset: int, states: Sequence[JobState] = (), cargo: str = "", parent: str = ""
 ) -> tuple[list[Job], int]:
-    """Newest first, without input and output; and how many there are in all."""
-    wanted = jobs.c.account == account
+    """Newest first, without input and output; and how many there are in all. Of a run's jobs only where it is named as ``parent``."""
+    wanted = (jobs.c.account == account) & (jobs.c.parent == parent)
     if states:
         wanted &= jobs.c.state.in_([state.value for state in states])
     if cargo:
         wanted &= jobs.c.cargo == cargo
     total = connection.execute(sql.select(sql.func.count()).select_from(jobs).where(wanted)).scalar_one()
     ordered = _LIST.where(wanted).order_by(jobs.c.created_at_ms.desc(), jobs.c.id).limit(limit).offset(offset)
-    return [_job(row) for row in connection.execute(ordered)], total
+    return [job_from(row) for row in connection.execute(ordered)], total
 
 
 def charges_of(connection: sql.Connection, job_id: str) -> list[Transfer]:
@@ -132,7 +133,7 @@ def orphaned_jobs(connection: sql.Connection, live: Mapping[str, int], limit: in
     Consumer takes himself are not among them."""
     alive = [(jobs.c.owner == peer) & (jobs.c.owner_boot == boot) for peer, boot in live.items()]
     chosen = _LIST.where(_OPEN, jobs.c.holder == "", sql.not_(sql.or_(sql.false(), *alive)))
-    return [_job(row) for row in connection.execute(chosen.order_by(jobs.c.created_at_ms).limit(limit))]
+    return [job_from(row) for row in connection.execute(chosen.order_by(jobs.c.created_at_ms).limit(limit))]
 
 
 def own_jobs(connection: sql.Connection, owner: str, boot: int) -> dict[str, bool]:
@@ -144,14 +145,14 @@ def own_jobs(connection: sql.Connection, owner: str, boot: int) -> dict[str, boo
 def open_job(connection: sql.Connection, job_id: str) -> Job | None:
     """A job that has not ended, with its sealed input."""
     row = connection.execute(_ONE.where(_OPEN, jobs.c.id == job_id)).first()
-    return _job(row) if row is not None else None
+    return job_from(row) if row is not None else None
 
 
 def expired_holds(connection: sql.Connection, now_ms: int, limit: int) -> list[Job]:
     """Open jobs whose hold is over: nobody has settled them, and nobody will."""
     over = (holds.c.state == HoldState.PENDING.value) & (holds.c.expires_at_ms < now_ms)
     chosen = _ONE.join_from(jobs, holds, jobs.c.id == holds.c.id).where(over, _OPEN).limit(limit)
-    return [_job(row) for row in connection.execute(chosen)]
+    return [job_from(row) for row in connection.execute(chosen)]
 
 
 def forget_results(connection: sql.Connection, now_ms: int) -> int:

@@ -59,6 +59,7 @@ class Job:
 
     ``bid_micros`` is held. ``ask_…`` is what the chosen Island asked when the job was placed. ``fingerprint``: of account, address and
     body, by which a retried request finds its first try. ``can_rerun``: the input is kept, and nobody waits on a connection that died.
+    ``parent``: the run that it is a part of (runs.py); empty for one of its own.
     """
 
     id: str
@@ -96,6 +97,7 @@ class Job:
     input: bytes = b""
     output: bytes = b""
     result_expires_at_ms: int = 0
+    parent: str = ""
 
     @property
     def ask(self) -> Ask:
@@ -171,7 +173,7 @@ class OpenJob:
         known = rows.get(JOBS, self.job.id)
         if known is not None:
             return known
-        if (earlier := self._earlier(rows, now_ms)) is not None:
+        if (earlier := earlier_of(self.job, self.key, rows, now_ms)) is not None:
             return earlier
         fork = rows.fork()  # a refill that does not suffice is not given
         Refill(self.job.account).apply(fork, now_ms)
@@ -190,18 +192,54 @@ class OpenJob:
             return replace(job, bid_micros=available)
         return job
 
-    def _earlier(self, rows: Rows, now_ms: int) -> Job | None:
-        request = rows.get(REQUESTS, request_id(self.job.account, self.key)) if self.key else None
-        if request is None or request.expires_at_ms < now_ms:
-            return None
-        if request.fingerprint != self.job.fingerprint:
-            raise BooksRefused(Why.REUSED, "this idempotency key was used with another request")
-        job = rows.get(JOBS, request.job_id)
-        if job is None or job.state in (JobState.FAILED, JobState.CANCELLED):
-            return None  # what failed may be tried again under its key
-        if not job.ended and not job.can_rerun:
-            raise BooksRefused(Why.RUNNING, "a request with this idempotency key is still running")
-        return job
+
+
+def earlier_of(new: Job, key: str, rows: Rows, now_ms: int) -> Job | None:
+    """The job that stands for an idempotency key already. Raises BooksRefused: REUSED, RUNNING."""
+    request = rows.get(REQUESTS, request_id(new.account, key)) if key else None
+    if request is None or request.expires_at_ms < now_ms:
+        return None
+    if request.fingerprint != new.fingerprint:
+        raise BooksRefused(Why.REUSED, "this idempotency key was used with another request")
+    job = rows.get(JOBS, request.job_id)
+    if job is None or job.state in (JobState.FAILED, JobState.CANCELLED):
+        return None  # what failed may be tried again under its key
+    if not job.ended and not job.can_rerun:
+        raise BooksRefused(Why.RUNNING, "a request with this idempotency key is still running")
+    return job
+
+
+@dataclass(frozen=True, slots=True)
+class RecordJob:
+    """A job that has ended already and costs nothing: its answer was in the cache. Gives the earlier one of its idempotency key. Raises
+    BooksRefused: REUSED, RUNNING."""
+
+    job: Job
+    key: str = ""
+    key_expires_at_ms: int = 0
+
+    def reads(self, rows: Rows) -> Iterable[Address]:
+        yield JOBS, self.job.id
+        if self.key:
+            yield REQUESTS, request_id(self.job.account, self.key)
+            request = rows.peek(REQUESTS, request_id(self.job.account, self.key))
+            if request is not None:
+                yield JOBS, request.job_id
+
+    def news(self, rows: Rows) -> Iterable[Address]:
+        return ((JOBS, self.job.id),)
+
+    def apply(self, rows: Rows, now_ms: int) -> Job:
+        known = rows.get(JOBS, self.job.id)
+        if known is not None:
+            return known
+        if (earlier := earlier_of(self.job, self.key, rows, now_ms)) is not None:
+            return earlier
+        rows.put(JOBS, self.job)
+        if self.key:
+            id = request_id(self.job.account, self.key)
+            rows.put(REQUESTS, Request(id, self.job.fingerprint, self.job.id, self.key_expires_at_ms))
+        return self.job
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from coordinator.books.direct import TICKETS
 from coordinator.books.jobs import JOBS, RECEIPTS, REQUESTS
 from coordinator.books.ledger import BALANCES, HOLDS, TRANSFERS
 from coordinator.books.rows import Kind
+from coordinator.books.runs import RUNS
 from protocol import limits
 
 NAME = sql.String(limits.NAME_CHARS_MAX)
@@ -177,6 +178,7 @@ jobs = sql.Table(
     sql.Column("input", sql.LargeBinary, nullable=False),
     sql.Column("output", sql.LargeBinary, nullable=False),
     _int("result_expires_at_ms"),
+    sql.Column("parent", NAME, nullable=False, server_default=""),
 )
 sql.Index("jobs_of_account", jobs.c.account, jobs.c.created_at_ms)
 # Partial: an ended job costs these nothing.
@@ -185,6 +187,8 @@ sql.Index("jobs_open", jobs.c.owner, jobs.c.owner_boot, sqlite_where=_OPEN, post
 _KEPT = jobs.c.result_expires_at_ms > 0
 sql.Index("jobs_kept", jobs.c.result_expires_at_ms, sqlite_where=_KEPT, postgresql_where=_KEPT)
 sql.Index("jobs_cleared", jobs.c.finished_at_ms)
+_CHILD = jobs.c.parent != ""
+sql.Index("jobs_of_parent", jobs.c.parent, sqlite_where=_CHILD, postgresql_where=_CHILD)
 
 requests = sql.Table(
     "requests",
@@ -321,6 +325,97 @@ cargo_revocations = sql.Table(
     sql.Column("seq", sql.BigInteger, nullable=False, unique=True),
 )
 
+# Work of several jobs: batches and workflows (runs.py). ``spec`` and ``result`` are sealed.
+runs = sql.Table(
+    "runs",
+    metadata,
+    _text("id", primary_key=True),
+    _text("account"),
+    _text("kind", sql.String(16)),
+    _text("name"),
+    _text("state", sql.String(16)),
+    _text("owner"),
+    _int("owner_boot"),
+    _int("created_at_ms"),
+    _int("finished_at_ms"),
+    _flag("cancel_wanted"),
+    _int("tries"),
+    _int("total"),
+    _text("fingerprint", sql.String(64)),
+    _text("origin"),
+    _text("error_code", sql.String(64)),
+    _text("error_message", sql.String(limits.TEXT_CHARS_MAX)),
+    sql.Column("spec", sql.LargeBinary, nullable=False),
+    sql.Column("result", sql.LargeBinary, nullable=False),
+    _int("expires_at_ms"),
+)
+sql.Index("runs_of_account", runs.c.account, runs.c.created_at_ms)
+_RUNNING = runs.c.state == "running"
+sql.Index("runs_open", runs.c.owner, runs.c.owner_boot, sqlite_where=_RUNNING, postgresql_where=_RUNNING)
+
+# Files that accounts have sent, or that batches have written, in sealed pieces.
+files = sql.Table(
+    "files",
+    metadata,
+    _text("id", primary_key=True),
+    _text("account"),
+    _text("purpose", sql.String(32)),
+    _text("filename", sql.String(limits.TEXT_CHARS_MAX)),
+    _int("bytes"),
+    _flag("is_whole"),
+    _int("created_at_ms"),
+    _int("expires_at_ms"),
+    **CLUSTERED,
+)
+sql.Index("files_of_account", files.c.account, files.c.created_at_ms)
+
+file_pieces = sql.Table(
+    "file_pieces",
+    metadata,
+    _text("file_id", primary_key=True),
+    sql.Column("number", sql.Integer, primary_key=True),
+    sql.Column("data", sql.LargeBinary, nullable=False),
+)
+
+# Workflows that accounts have saved; a published one is anybody's to run. ``body`` is sealed unless it is published.
+workflow_definitions = sql.Table(
+    "workflow_definitions",
+    metadata,
+    _text("id", KEYED, primary_key=True),  # ACCOUNT/NAME@VERSION
+    _text("account"),
+    _text("name"),
+    sql.Column("version", sql.Integer, nullable=False),
+    _text("address", sql.String(64)),
+    _flag("is_published"),
+    _int("at_ms"),
+    sql.Column("body", sql.LargeBinary, nullable=False),
+)
+sql.Index("workflow_definitions_of_account", workflow_definitions.c.account, workflow_definitions.c.name)
+
+# How answers of a Cargo are cached where the operator says so, before what its manifest says.
+cache_policies = sql.Table(
+    "cache_policies",
+    metadata,
+    _text("cargo", primary_key=True),
+    _flag("enabled"),
+    _int("ttl_s"),
+    _int("similarity_milli"),
+    _flag("is_public"),
+    _int("at_ms"),
+    **CLUSTERED,
+)
+
+# What all Coordinators are to delete of their caches; empty columns mean any.
+cache_purges = sql.Table(
+    "cache_purges",
+    metadata,
+    sql.Column("seq", sql.Integer, primary_key=True, autoincrement=True),
+    _text("account"),
+    _text("cargo"),
+    _text("key", sql.String(64)),
+    _int("at_ms"),
+)
+
 # One row: whose rows in memory are still those of the database (PostgreSQL; see database.Turns).
 writer_turns = sql.Table("writer_turns", metadata, _text("name", sql.String(16), primary_key=True), _text("owner", sql.String(64)))
 
@@ -339,5 +434,6 @@ KINDS: tuple[Kind[Any], ...] = (
     REQUESTS,
     RECEIPTS,
     TICKETS,
+    RUNS,
 )
 TABLES: dict[str, sql.Table] = {kind.name: metadata.tables[kind.name] for kind in KINDS}

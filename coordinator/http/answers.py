@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from coordinator.http.schema import ApiRequest
-from coordinator.jobs import Accepted, ChoiceResult, Event, Replayed, Said, Settled, StageShare, Text
+from coordinator.jobs import Accepted, CacheHit, ChoiceResult, Event, Replayed, Said, Settled, StageShare, Text
 from coordinator.logprobs import TokenLogprob
 from protocol.prices import format_credits
 
@@ -46,8 +46,9 @@ class Answer:
     explain: bool = False  # the client wants to know why this Island
     settled: Settled | None = None
     is_replay: bool = False
+    hit: CacheHit | None = None
 
-    def note(self, event: Accepted | Said | ChoiceResult | Settled | Replayed) -> None:
+    def note(self, event: Accepted | Said | ChoiceResult | Settled | Replayed | CacheHit) -> None:
         if isinstance(event, Said):
             return  # lines are not shown in answers of OpenAI's shapes
         if isinstance(event, ChoiceResult):
@@ -56,6 +57,8 @@ class Answer:
             self.settled = event
         elif isinstance(event, Replayed):
             self.job_id, self.is_replay = event.job_id, True
+        elif isinstance(event, CacheHit):
+            self.hit = event
         elif not self.island:
             self.island, self.engine, self.placed_s = event.island, event.engine, event.placed_s
             self.route = event.route
@@ -107,8 +110,8 @@ class Answer:
         metadata: dict[str, Any] = {
             "job_id": self.job_id,
             "price": format_credits(self.price_micros),
-            "cache_hit": False,
-            "cache_strategy": None,
+            "cache_hit": self.hit is not None,
+            "cache_strategy": self.hit.strategy if self.hit is not None else None,
         }
         if self.explain and self.settled is not None and self.settled.placement:
             metadata["placement"] = json.loads(self.settled.placement)

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from coordinator.books.errors import BooksRefused, BooksUnavailable
-from coordinator.desk import Order
 from coordinator.dispatch import Emit
 from coordinator.exchange.bids import Work
 from coordinator.exchange.quotes import QuoteRefused
@@ -36,6 +35,7 @@ from coordinator.http.sse import DONE, KEEP_ALIVE, EventStream, event
 from coordinator.http.terms import Terms, need_cargo, read_terms
 from coordinator.jobs import Accepted, Event, JobSpec, Replayed
 from coordinator.matching import declared_tokens
+from coordinator.orders import Order
 from privacy.keys import cache_salt
 from protocol import limits
 from protocol.cargo_io import ImageLine

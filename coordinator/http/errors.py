@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 
 from coordinator.books.errors import BooksRefused, Why
-from coordinator.desk import JobCancelled
 from coordinator.exchange.quotes import QuoteFault, QuoteRefused
+from coordinator.orders import JobCancelled
 from coordinator.placement import NotPlaced
 from protocol.errors import Code, Refused
 

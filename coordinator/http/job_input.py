@@ -6,13 +6,13 @@ import json
 import secrets
 from typing import Any
 
-from coordinator.desk import Order
 from coordinator.exchange.bids import Work
 from coordinator.http import schema
 from coordinator.http.errors import bad_request, unsupported
 from coordinator.http.terms import Terms, need_cargo
 from coordinator.jobs import JobSpec
 from coordinator.matching import declared_tokens
+from coordinator.orders import Order
 from protocol import limits
 from protocol.cargo_io import encode_input
 from protocol.cargo_jobs import SEED_BYTES, CargoInput, is_packed_input, pack_input, unpack_input

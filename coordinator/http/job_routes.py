@@ -13,7 +13,6 @@ from aiohttp import web
 from coordinator.books import job_queries
 from coordinator.books.errors import BooksRefused, BooksUnavailable
 from coordinator.books.jobs import Job, JobState
-from coordinator.desk import Order
 from coordinator.http import schema
 from coordinator.http.answers import json_response
 from coordinator.http.bridge import Bridge, Stopped, Stream
@@ -23,6 +22,7 @@ from coordinator.http.job_input import Asked, job_order, lines_asked, read_body,
 from coordinator.http.sse import HEADERS, KEEP_ALIVE, EventStream
 from coordinator.http.terms import read_flag, read_terms
 from coordinator.job_board import JobBoard, JobEvent, Output, StateChange
+from coordinator.orders import Order
 from coordinator.statement import time_text
 from protocol import limits
 from protocol.errors import Refused

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from coordinator.desk import Order
 from coordinator.http.job_input import job_order
 from coordinator.http.terms import Terms
 from coordinator.jobs import Accepted, ChoiceResult, Event, Replayed, Said, Settled
+from coordinator.orders import Order
 from protocol.cargo_io import DoneLine, ImageLine
 from protocol.cargo_jobs import CargoInput
 from protocol.prices import format_credits

@@ -14,11 +14,11 @@ import coordinator.upkeep as upkeep
 from coordinator.books import presence
 from coordinator.books.books import open_books
 from coordinator.books.jobs import Job, JobState
-from coordinator.desk import Order
 from coordinator.exchange.bids import Work
 from coordinator.http.job_input import job_order
 from coordinator.http.terms import Terms
 from coordinator.keys import ACCOUNT_DEFAULT
+from coordinator.orders import Order
 from privacy.keys import cache_salt
 from protocol.errors import ConfigError
 from protocol.generation import GenerationRequest
