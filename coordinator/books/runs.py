@@ -17,6 +17,7 @@ from coordinator.books.rows import Address, Kind, Rows
 
 class RunKind(StrEnum):
     BATCH = "batch"
+    FILE_BATCH = "file_batch"
     WORKFLOW = "workflow"
 
 

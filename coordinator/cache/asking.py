@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from protocol.cargo_jobs import CargoInput
+from protocol.generation import GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,3 +25,21 @@ class CacheAsk:
     reads: bool = True
     writes: bool = True
     is_private: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CacheUse:
+    """What a client says about the cache (RFC 9111, ``Cache-Control``): ``reads`` is off for ``no-cache``, both are for ``no-store``;
+    ``is_private``: only its own account's answers, and its answer only for its own account."""
+
+    reads: bool = True
+    writes: bool = True
+    is_private: bool = False
+
+
+def ask_of(
+    cargo: str, asked: GenerationRequest | CargoInput, given: Mapping[str, Any], account: str, policy_text: str, use: CacheUse
+) -> CacheAsk | None:
+    """How the cache is to be asked for a job's answer; None where it is not deterministic enough to be kept. ``given``: the input as the
+    client wrote it, which says what it left open; ``policy_text``: where the answer may be computed, canonical."""
+    return None
