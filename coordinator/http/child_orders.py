@@ -13,6 +13,8 @@ from coordinator.jobs import JobSpec
 from coordinator.orders import Order
 from coordinator.regions import Residency
 
+_AS_USUAL = CacheUse()
+
 
 @dataclass(frozen=True, slots=True)
 class ChildTerms:
@@ -41,7 +43,7 @@ class ChildOrders:
         cargo: str,
         given: dict[str, Any],
         terms: ChildTerms,
-        cache: CacheUse = CacheUse(),
+        cache: CacheUse = _AS_USUAL,
         avoid: frozenset[str] = frozenset(),
     ) -> Order:
         """The job ``job_id`` of a run: input ``given`` for a Cargo. Its input is not kept with it, as the run has it. Raises ApiError 400
