@@ -38,7 +38,7 @@ demo-pipeline: setup  ## One model over several Islands, one of which is killed 
 	@$(BIN)/archipelag-node demo --pipeline $(ARGS)
 
 test: setup-test  ## All tests, with reduced counts
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 2 $(ARGS)
 
 soak: setup-test  ## The tests that take long, with the full counts
 	@$(BIN)/python -m pytest -m soak -s --timeout 0 $(ARGS)

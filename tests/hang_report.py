@@ -19,22 +19,28 @@ import trio
 
 _PERIOD_S = 5.0
 _BEFORE_THE_LIMIT_S = 20.0
+_BEYOND_THE_LIMIT_S = 60.0
 
 
 class HangReport:
-    """A plugin for pytest: one thread that looks at the clock of the test that runs. ``limit_s``: what ends a test."""
+    """A plugin for pytest: one thread that looks at the clock of the test that runs. ``limit_s``: after which a signal ends a test. One
+    that does not hear signals, since native code holds its thread, ends with its whole process a minute later; the others go on in a new
+    one."""
 
     def __init__(self, limit_s: float) -> None:
-        self._report_s = limit_s - _BEFORE_THE_LIMIT_S
+        self._report_s, self._exit_s = limit_s - _BEFORE_THE_LIMIT_S, limit_s + _BEYOND_THE_LIMIT_S
         self._running: tuple[str, float] | None = None
         threading.Thread(target=self._watch, name="hang report", daemon=True).start()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         self._running = (item.nodeid, time.monotonic())
+        if item.get_closest_marker("timeout") is None:
+            faulthandler.dump_traceback_later(self._exit_s, exit=True)
         try:
             return (yield)
         finally:
+            faulthandler.cancel_dump_traceback_later()
             self._running = None
 
     def _watch(self) -> None:
