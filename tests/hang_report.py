@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import signal
 import subprocess
 import sys
 import threading
@@ -30,6 +31,7 @@ class HangReport:
     def __init__(self, limit_s: float) -> None:
         self._report_s, self._exit_s = limit_s - _BEFORE_THE_LIMIT_S, limit_s + _BEYOND_THE_LIMIT_S
         self._running: tuple[str, float] | None = None
+        signal.signal(signal.SIGUSR2, say_tasks)
         threading.Thread(target=self._watch, name="hang report", daemon=True).start()
 
     @pytest.hookimpl(wrapper=True)
@@ -50,21 +52,25 @@ class HangReport:
             running = self._running
             if running is not None and running != reported and time.monotonic() - running[1] > self._report_s:
                 reported = running
-                print(
-                    f"\n{running[0]} has run for {time.monotonic() - running[1]:.0f} s.\n{describe()}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                _say(f"\n{running[0]} has run for {time.monotonic() - running[1]:.0f} s.\n{processes()}")
                 faulthandler.dump_traceback(2)
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
 
 
-def describe() -> str:
-    """What all tasks wait for, and which processes are there (the kernel's own, children of 2, left out)."""
-    tasks = [thing for thing in gc.get_objects() if isinstance(thing, trio.lowlevel.Task)]
-    lines = [line for task in tasks for line in _stack(task)]
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def processes() -> str:
+    """All but the kernel's own, which are children of 2."""
     command = ["ps", "-N", "--ppid", "2", "-o", "pid,ppid,stat,etimes,wchan:20,args", "--cols", "220"]
-    processes = subprocess.run(command, capture_output=True, text=True)
-    return "\n".join([f"{len(tasks)} tasks of trio:", *lines, processes.stdout])
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def say_tasks(*_: object) -> None:
+    """What all tasks wait for. In the main thread only: elsewhere the collector gives objects that are still being made."""
+    tasks = [thing for thing in gc.get_objects() if isinstance(thing, trio.lowlevel.Task)]
+    _say("\n".join([f"{len(tasks)} tasks of trio:", *(line for task in tasks for line in _stack(task))]))
 
 
 def _stack(task: trio.lowlevel.Task) -> Iterator[str]:
