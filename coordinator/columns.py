@@ -345,6 +345,16 @@ class Columns:
         points: Floats = -np.minimum(trips * ROUND_TRIP_POINTS_PER_S, ROUND_TRIP_POINTS_MAX)
         return points
 
+    def slots(self, content_hash: str, policy: Residency | None) -> int:
+        """All slots, free or busy, of Islands that neither drain nor lack approval. ``content_hash``: of what has to run, empty for any;
+        ``policy``: where, None for anywhere."""
+        chosen = self.is_staying & self.is_approved
+        if content_hash:
+            chosen = chosen & self.has_content(content_hash)
+        if policy is not None:
+            chosen = chosen & self.is_allowed(policy)
+        return int(self.slots_total[chosen].sum())
+
     def order_book(self) -> list[tuple[str, Ask, float, int, int]]:
         """Island, ask, tokens/s that it claims, free slots and all slots of those that neither drain nor lack approval."""
         slots = np.maximum(self.slots_left, 0).tolist()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from coordinator.cache.policy import CacheConfig
 from protocol import limits
 from protocol.activations import Activations
 from protocol.errors import ConfigError
@@ -21,12 +22,30 @@ def is_loopback(host: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class FileLimits:
+    """``file_bytes_max``: of one file; ``account_bytes_max``, ``account_files_max``: of all files of an account; ``retention_s``: how long
+    a file is kept that says nothing else, and at most."""
+
+    file_bytes_max: int = limits.FILE_BYTES_MAX
+    account_bytes_max: int = limits.FILES_BYTES_MAX
+    account_files_max: int = limits.FILES_MAX
+    retention_s: float = limits.FILE_RETENTION_S
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError; its text says what to do."""
+        if not 0 < self.file_bytes_max <= self.account_bytes_max:
+            raise ConfigError("--file-limit takes more than 0 bytes, and at most as many as --storage-limit")
+        if self.retention_s < limits.FILE_EXPIRY_MIN_S:
+            raise ConfigError(f"--file-retention takes at least {limits.FILE_EXPIRY_MIN_S:.0f} seconds")
+
+
+@dataclass(frozen=True, slots=True)
 class CoordinatorConfig:
     """``http_port`` 0 picks a free one. ``trusted_proxies``: addresses or networks whose X-Forwarded-For counts. ``activations``: how
     hidden states travel between the stages of a pipeline. ``retry_window_s``: how long a chat's answer is kept for a client that asks
     again, ``result_retention_s``: how long that of a submitted job is; 0 keeps none. ``run_retention_s``: how long batches and workflows
     are, with all that their jobs said. ``require_approval``: only Islands that the operator has approved get jobs. ``auto_approve_cargos``:
-    a Cargo that is published needs no word of the operator's.
+    a Cargo that is published needs no word of the operator's. ``cache``: of answers. ``files``: that accounts send.
     ``requests_per_minute_per_address``: 0 is no limit."""
 
     database_url: str
@@ -49,6 +68,8 @@ class CoordinatorConfig:
     run_retention_s: float = limits.RUN_RETENTION_S
     require_approval: bool = False
     auto_approve_cargos: bool = True
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    files: FileLimits = field(default_factory=FileLimits)
     version: str = "0"
 
     def __post_init__(self) -> None:

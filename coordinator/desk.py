@@ -33,7 +33,7 @@ from coordinator.dispatch import Dispatcher, Emit
 from coordinator.exchange.bids import Bid, Work
 from coordinator.exchange.quotes import Quote, QuoteRefused
 from coordinator.exchange.rates import Clearing
-from coordinator.jobs import Accepted, ChoiceResult, Event, Meter, Replayed, Said, Settled, Text
+from coordinator.jobs import Accepted, CacheHit, ChoiceResult, Event, Meter, Replayed, Said, Settled, Text
 from coordinator.matching import explanation
 from coordinator.openings import Openings
 from coordinator.orders import Identity, JobCancelled, LiveJob, Opened, Order, TakenOver
@@ -69,9 +69,8 @@ class Bidding(Protocol):
 class Answers(Protocol):
     """The cache of answers, as far as the desk needs it."""
 
-    def keep(self, ask: CacheAsk, job: Job, content_hash: str, events: Sequence[Event]) -> None:
-        """A job has succeeded and is paid for. ``content_hash``: of the Cargo that answered; ``events``: as ``transcript.replay`` gives
-        them."""
+    def keep(self, ask: CacheAsk, job: Job, content_hash: str, transcript: Transcript) -> None:
+        """A job has succeeded and is paid for. ``content_hash``: of the Cargo that answered; ``transcript``: all that it said."""
         ...
 
 
@@ -207,6 +206,7 @@ class Desk:
         for event in events:
             transcript.add(event)
         results, now_ms = transcript.results, self._clock_ms()
+        hit = next((event for event in events if isinstance(event, CacheHit)), None)
         output, expires_at_ms = b"", 0
         if order.keep_s > 0:
             output, expires_at_ms = self._seal(transcript.pack(), order.spec.job_id), now_ms + int(order.keep_s * 1000)
@@ -219,10 +219,18 @@ class Desk:
             completion_tokens=sum(result.completion_tokens for result in results),
             output=output,
             result_expires_at_ms=expires_at_ms,
+            placement=json.dumps({"cache_strategy": hit.strategy}) if hit is not None else "",
         )
         return await self.books.do(RecordJob(job, order.idempotency_key, opening.key_expires_at_ms))
 
     # ---- answering again
+
+    async def first_try(self, order: Order, waits: bool = True) -> Opened | None:
+        """What a request that comes again came to, by its bytes or its idempotency key: ended, or as it is now where nobody ``waits`` for
+        it. None where there is no such job, or it came to nothing. Raises BooksRefused or BooksUnavailable."""
+        if order.is_retry and (earlier := await self._earlier(order, waits)) is not None:
+            return earlier
+        return await self._keyed(order, waits)
 
     async def _earlier(self, order: Order, waits: bool) -> Opened | None:
         """What the same bytes from the same account came to a moment ago; ``waits`` for it where it is still being made."""
@@ -302,12 +310,15 @@ class Desk:
     async def _perform(self, live: LiveJob, opened: Opened, order: Order, emit: Emit) -> Job:
         meter, transcript, spec = Meter(), Transcript(), opened.spec
         last: list[Event] = []
-        is_cached = self.answers is not None and order.cache is not None and order.cache.writes
+        is_cached = self._is_cached(order)
 
         async def keep(event: Event) -> None:
+            nonlocal is_cached
             order.check(event)
-            if order.keep_s > 0 or is_cached or isinstance(event, ChoiceResult):
+            if order.keep_s > 0 or isinstance(event, ChoiceResult):
                 transcript.add(event)
+            elif is_cached:
+                is_cached = _has_room(transcript, event)
             is_last = isinstance(event, ChoiceResult) and len(transcript.results) == len(spec.choices)
             if order.delivers and not (is_last or isinstance(event, Accepted)):
                 await live.wait_open()  # no word reaches the Consumer before the hold is on disk; the last one waits for the bill anyway
@@ -332,10 +343,13 @@ class Desk:
             raise
         job = await self._succeed(live, opened, order, meter, transcript)
         if is_cached and self.answers is not None and order.cache is not None:
-            self.answers.keep(order.cache, job, _content_hash(meter), replay(transcript.pack(), job.price_micros, job.placement))
+            self.answers.keep(order.cache, job, _content_hash(meter), transcript)
         for event in (Settled(job.price_micros, job.placement), *last):
             await emit(event)
         return job
+
+    def _is_cached(self, order: Order) -> bool:
+        return self.answers is not None and order.cache is not None and order.cache.writes
 
     async def _note(self, live: LiveJob, meter: Meter, state: JobState) -> None:
         """Jobs that others look at show where they run and how far they are; for a chat it is enough when it ends.
@@ -529,6 +543,15 @@ def _content_hash(meter: Meter) -> str:
     """Of the Cargo that gave the first choice."""
     metered = meter.choices.get(0)
     return metered.placed.candidate.offer.content_hash if metered is not None and metered.placed is not None else ""
+
+
+def _has_room(transcript: Transcript, event: Event) -> bool:
+    """Adds an event that only a cache would keep; False where it is more than can be kept."""
+    try:
+        transcript.add(event)
+    except Refused:
+        return False
+    return True
 
 
 def _failed(meter: Meter) -> tuple[str, ...]:

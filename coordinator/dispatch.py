@@ -241,6 +241,7 @@ class Dispatcher:
             island=spec.island,
             waits_for_price=spec.patience_s is not None,
             job_id=spec.job_id,
+            group=spec.group,
         )
 
     async def _place(self, spec: JobSpec, progress: _Progress) -> Placement:

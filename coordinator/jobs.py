@@ -19,6 +19,7 @@ class JobSpec:
 
     ``cache_salt``: 32 bytes of the account. ``job_id`` stands in tickets, headers and logs. ``price_max_micros``: what a choice may cost,
     None for any price. ``island``: where a quote has promised to run it. ``avoid``: Islands that are not to run it.
+    ``group``: jobs of one group spread over Islands, where that costs little.
     """
 
     job_id: str
@@ -31,6 +32,7 @@ class JobSpec:
     priority: int = 0
     island: str = ""
     avoid: frozenset[str] = frozenset()
+    group: str = ""
     patience_s: float | None = None  # how long it waits for an Island; None: as the Coordinator is set
 
     def __post_init__(self) -> None:
@@ -118,13 +120,25 @@ class Replayed:
 @dataclass(frozen=True, slots=True)
 class CacheHit:
     """What follows is a kept answer to the same question (``strategy`` exact) or to one that means the same (semantic). ``key``: under
-    which it is kept, hex."""
+    which it is kept, hex; ``job_id``: the job that the answer belongs to, for its account; ``age_s``: since it was kept."""
 
     strategy: str
     key: str
+    job_id: str = ""
+    age_s: float = 0.0
 
 
-Event = Accepted | Text | Said | ChoiceResult | Settled | Replayed | CacheHit
+@dataclass(frozen=True, slots=True)
+class CachePassed:
+    """The cache was not asked: the Cargo's answers are not kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheWaits:
+    """An equal question of the same account is under way; its answer is waited for."""
+
+
+Event = Accepted | Text | Said | ChoiceResult | Settled | Replayed | CacheHit | CachePassed | CacheWaits
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ are scored 0 to 100 on Speed, Fit and Headroom, weighted by runtime as in missio
 - Fit: how well memory would be used with this job. Headroom: slots and KV room that are left.
 - prefix: it served this conversation before and may still hold it. Worth a job or two more there, as a prompt costs more to replay.
 - price (up to 15 points off, by how much dearer than the cheapest), round trip, karma, region (less than a point: it breaks ties).
+- siblings (off): jobs of the same batch run there, so that a batch spreads over Islands that are about as good.
 
 Scores that differ by less than ``TIE_POINTS`` are equal; the ``rng`` that the caller passes in draws among equals, so load spreads,
 Coordinators with the same facts do not all run to the same Island, and a test can repeat it.
@@ -55,6 +56,8 @@ TIE_POINTS = 0.25
 PREFIX_POINTS = 20.0
 PRICE_POINTS_MAX = 15.0  # for one that is ever so much dearer than the cheapest; half of it for twice the price
 REGION_POINTS_MAX = 0.9
+CROWD_POINTS = 2.0  # off for each job of the same batch that runs there: more than a tie, less than a conversation that is held
+CROWD_POINTS_MAX = 20.0
 
 # Levels, as the original names them; what makes Fair there is not published
 PERFECT_FIT_MIN, PERFECT_SPEED_MIN = 80.0, 60.0
@@ -81,7 +84,7 @@ class Wish:
     ``policy``: where the Island has to stand; ``region``: where the Consumer does, for ties. ``island``: that of a quote that is
     honoured; others take the job only when it is out of the question, not when it is busy. ``priority``: 0 to 100, for the queue.
     ``account`` and ``job_id``: whose job it is and which one; no choice depends on them. ``waits_for_price``: where all ask too much it
-    waits for asks to fall.
+    waits for asks to fall. ``group``: of jobs that spread over Islands; ``crowd``: Island -> how many of them run there.
     """
 
     cargo: str
@@ -103,6 +106,8 @@ class Wish:
     region: str = ""
     waits_for_price: bool = False
     job_id: str = ""
+    group: str = ""
+    crowd: Mapping[str, int] = field(default_factory=dict)
 
 
 class Level(StrEnum):
@@ -167,6 +172,7 @@ _TERMS = {
     "round trip": "distance by measured round trip",
     "karma": "karma",
     "region": "near the Consumer",
+    "siblings": "runs other jobs of the same batch",
 }
 
 
@@ -337,6 +343,11 @@ def _terms(mask: Bools, facts: Columns, wish: Wish, prices: Ints) -> dict[str, F
     if row is not None:
         terms["prefix"] = np.zeros(len(facts))
         terms["prefix"][row] = PREFIX_POINTS
+    if wish.crowd:
+        terms["siblings"] = np.zeros(len(facts))
+        for island, count in wish.crowd.items():
+            if (row := facts.row(island)) is not None:
+                terms["siblings"][row] = -min(CROWD_POINTS * count, CROWD_POINTS_MAX)
     if wish.region:
         terms["region"] = REGION_POINTS_MAX * facts.nearness(wish.region)
     return terms

@@ -25,8 +25,10 @@ import numpy as np
 import trio
 
 from coordinator.columns import Candidate, Columns, Known
+from coordinator.crowds import Crowds
 from coordinator.matching import Choice, Refusal, Wish, choose
 from coordinator.pipelines import Pipelines
+from coordinator.regions import Residency
 from coordinator.standing import Standing
 from protocol import limits
 from protocol.ads import Ad, CargoOffer
@@ -95,6 +97,7 @@ class Placement:
 
     choice: Choice
     tokens: int
+    group: str = ""
 
     @property
     def candidate(self) -> Candidate:
@@ -154,6 +157,7 @@ class Placer:
         self._facts: dict[str, Columns] = {}
         self._own: dict[tuple[str, str], _Own] = {}
         self._queues: dict[str, _Queue] = {}
+        self._crowds = Crowds()
         self._last_offered_s: dict[str, float] = {}
         self._trips_read_s = float("-inf")
         # of a Cargo that is listed, the addresses that may run, the newest first; None for one that nobody has listed
@@ -213,6 +217,10 @@ class Placer:
         entry = self._book().entries.get(island)
         return entry.ad.region if entry is not None else ""
 
+    def content_hashes(self, cargo: str) -> set[str]:
+        """Of all that is offered under a name now."""
+        return self._columns(cargo).content_hashes()
+
     def price_range(self, cargo: str, prompt_tokens: int, output_tokens: int, job_s_max: float) -> PriceRange:
         """What Islands ask for such a job now. The cheapest is one with a free slot, where there is one: a bid that reaches only an
         Island that is full would wait beside idle ones."""
@@ -227,6 +235,15 @@ class Placer:
         cheapest = int(prices[free if free.any() else chosen].min())
         ordered = np.sort(prices[chosen])
         return PriceRange(cheapest, int(ordered[(len(ordered) - 1) // 2]), int(facts.slots_total[chosen].sum()))
+
+    def slots(self, cargo: str, policy: Residency | None = None) -> int:
+        """Jobs of a Cargo that run at once, at most, on the Islands that offer it now, free or busy; 0 where there are none."""
+        try:
+            wish = self._pinned(Wish(cargo, 0))
+        except NotPlaced:
+            return 0
+        facts = self._columns(cargo)
+        return facts.slots(wish.content_hash, policy) if len(facts) else 0
 
     def addresses_of(self, island: str) -> tuple[str, ...]:
         """Where it is reached, as its ad says; none where it is not in the book."""
@@ -303,6 +320,7 @@ class Placer:
         """The job there has ended; gives its place to whoever waits for it."""
         cargo = placement.candidate.offer.name
         self._count(placement.island, cargo, -1, -placement.tokens)
+        self._crowds.left(placement.group, placement.island)
         self._settle(cargo)
 
     def book_changed(self) -> None:
@@ -401,13 +419,15 @@ class Placer:
             wanted = self._pipelines.want(wish.cargo, wish.tokens)
             if wanted is not None:
                 return wanted
+        wish = replace(wish, crowd=self._crowds.of(wish.group)) if wish.group else wish
         outcome = self._soften(choose(facts, wish, self._clock(), self._rng), wish.cargo)
         if isinstance(outcome, Refusal):
             return outcome
         candidate = outcome.candidate
         self._own.setdefault((candidate.island, wish.cargo), _Own(sequence=candidate.sequence))
         self._count(candidate.island, wish.cargo, 1, wish.tokens)
-        return Placement(outcome, wish.tokens)
+        self._crowds.came(wish.group, candidate.island)
+        return Placement(outcome, wish.tokens, wish.group)
 
     def _columns(self, cargo: str) -> Columns:
         """The facts of a Cargo as they are now; of the pipeline where no Island offers it whole."""

@@ -15,27 +15,40 @@ from typing import Any
 import trio
 
 from coordinator.affinity import Affinity
+from coordinator.batches.board import BatchBoard
+from coordinator.batches.file_batch import FileBatches, LineTerms
+from coordinator.batches.runner import BatchRunner
 from coordinator.books.books import Books, open_books
 from coordinator.books.jobs import Job
+from coordinator.books.runs import RunKind
+from coordinator.cache.service import AnswerCache, Cargos, Embedding
 from coordinator.config import CoordinatorConfig
 from coordinator.desk import Desk
 from coordinator.direct import DirectBooks
 from coordinator.direct_keys import DirectKeys
 from coordinator.dispatch import Dispatcher
+from coordinator.files import Files
 from coordinator.http.account_routes import AccountRoutes
 from coordinator.http.app import Admit, Api, Routes, Services, Worker
 from coordinator.http.auth import Gate
+from coordinator.http.batch_routes import BatchRoutes
 from coordinator.http.bridge import Bridge
+from coordinator.http.cache_routes import CacheRoutes
 from coordinator.http.cargo_routes import CargoRoutes
+from coordinator.http.child_orders import ChildOrders
+from coordinator.http.file_routes import FileRoutes
 from coordinator.http.job_input import job_order, unpack_asked
 from coordinator.http.job_routes import JobRoutes
 from coordinator.http.market_routes import MarketRoutes
 from coordinator.http.metrics import Metrics
+from coordinator.http.openai_batch_routes import OpenaiBatchRoutes
 from coordinator.http.terms import Terms
 from coordinator.http.thread import HttpThread, tls_context
+from coordinator.http.workflow_routes import WorkflowRoutes
 from coordinator.job_board import JobBoard
 from coordinator.keys import KeyStore
 from coordinator.market import MarketShell
+from coordinator.matching import Refusal, Wish
 from coordinator.orders import Identity, Order
 from coordinator.pipelines import Pipelines
 from coordinator.placement import Placer
@@ -47,13 +60,21 @@ from coordinator.standing import Standing
 from coordinator.statistics import Statistics
 from coordinator.tickets import TicketIssuer
 from coordinator.upkeep import Upkeep, begin_run
+from coordinator.workflows.flows import Flows
+from coordinator.workflows.live import Tools
+from coordinator.workflows.quoting import Quoter
+from coordinator.workflows.runner import WorkflowRunner
+from coordinator.workflows.store import FlowStore
+from coordinator.workflows.templates import Templates
 from privacy.keys import cache_salt
 from privacy.sealed_rows import RowSealer
 from protocol import limits
+from protocol.errors import Code
 from protocol.identity import Signer
 from protocol.shards import ShardManifest
 
 _DRAIN_POLL_S = 0.02
+_ACCOUNTS_REMEMBERED = 1024
 _BUILT_IN = "echo"  # its name is nobody's to publish under
 
 
@@ -64,6 +85,8 @@ class CoordinatorServer:
         self._http, self._api, self._parts, self._services = http, api, parts, services
         self._dispatcher, self._placer, self.pipelines = parts.dispatcher, parts.placer, parts.pipelines
         self.desk, self.books, self.direct, self.registry = parts.desk, parts.books, parts.direct, parts.registry
+        self.cache = parts.cache
+        self.cache = parts.cache
 
     def __repr__(self) -> str:
         return f"<CoordinatorServer {self.url}: {self._dispatcher.running} running, {self._placer.waiting} waiting>"
@@ -114,13 +137,15 @@ async def open_coordinator(
     manifests: Mapping[str, ShardManifest] | None = None,
     round_trips_s: Callable[[], Mapping[str, float]] = dict,
     reserved: Mapping[str, str] | None = None,
+    embedding: Embedding | None = None,
 ) -> AsyncIterator[CoordinatorServer]:
     """A serving Coordinator, ready when this is entered.
 
     ``manifests``: of models that may be cut and run on several Islands, by name. ``key`` signs tickets; ``salt_secret`` keeps the prefix
     caches of accounts apart and seals what is kept of answers; ``well_known`` gives what ``/.well-known/archipelag.json`` says and is
     called in trio; ``round_trips_s`` those to Islands, by peer id; ``reserved``: names of Cargos that
-    nobody may publish under -> the content address that runs under each.
+    nobody may publish under -> the content address that runs under each; ``embedding`` says which questions are alike, None: only equal
+    ones get an answer that is kept.
 
     Raises ConfigError when the database, the TLS files or the address
     cannot be used, or the database holds another network's books.
@@ -130,9 +155,9 @@ async def open_coordinator(
         gate = Gate(KeyStore(books.database), config, time.monotonic)
         with closing(gate):
             boot = await begin_run(books, network, salt_secret, key.peer_id)
-            parts = _Parts(config, books, boot, port, key, network, salt_secret, manifests or {}, round_trips_s, reserved or {})
+            parts = _Parts(config, books, boot, port, key, network, salt_secret, manifests or {}, round_trips_s, reserved or {}, embedding)
             try:
-                async with trio.open_nursery() as nursery:
+                async with parts.templates, trio.open_nursery() as nursery:
                     await parts.start(nursery)
                     bridge = Bridge(nursery)
                     gate.on_forget = lambda key_id: bridge.to_trio(functools.partial(parts.direct_keys.forget, key_id))
@@ -174,6 +199,7 @@ class _Parts:
         manifests: Mapping[str, ShardManifest],
         round_trips_s: Callable[[], Mapping[str, float]],
         reserved: Mapping[str, str],
+        embedding: Embedding | None,
     ) -> None:
         self.books = books
         self.account_routes: AccountRoutes | None = None
@@ -224,16 +250,78 @@ class _Parts:
             port.book,
             self.pipelines,
         )
-        self.board = JobBoard(self.desk, _restorer(salt_secret, config, self.placer))
-        self.worker: Worker = self.desk
+        self.cache = self._cache(config, salt_secret, embedding)
+        has_cache = config.cache.enabled
+        self.board = JobBoard(self.desk, _restorer(salt_secret, config, self.placer), self.cache if has_cache else None)
+        self.worker: Worker = self.cache if has_cache else self.desk
         self.runs = RunBoard(
             books, self.worker, self.desk.kept, sealer, me, _now_ms, secrets.token_bytes, config.run_retention_s, config.retry_window_s
         )
+        salt = functools.lru_cache(_ACCOUNTS_REMEMBERED)(functools.partial(cache_salt, salt_secret))
+        self.orders = ChildOrders(salt, self.placer.writes_text, config.run_retention_s, config.job_timeout_s)
+        batches = BatchRunner(
+            self.orders,
+            lambda cargo, policy: self.placer.slots(cargo, policy) - self.placer.queued(cargo),  # a batch never lengthens a queue
+            lambda cargo: self.placer.remember_offered((cargo,)),
+            lambda island: self.placer.newest_sequence(island) > 0,
+            self.runs.is_live,
+            _now_ms,
+        )
+        self.runs.runners[RunKind.BATCH] = batches
+        self.batches = BatchBoard(self.runs, batches, self.market, _now_ms, config.retry_window_s)
+        self.files = Files(books, sealer, _now_ms, secrets.token_bytes, config.files)
+        self.file_batches = self._file_batches(config)
+        self.templates = Templates()
+        self.flows = self._flows(config, sealer)
         self.upkeep = Upkeep(self.desk, self.board, standing, self.market, lambda: self.url, self.runs)
+        self.upkeep.forgetting.append(self.files.forget)
+
+    def _cache(self, config: CoordinatorConfig, salt_secret: bytes, embedding: Embedding | None) -> AnswerCache:
+        """Of answers, in front of the desk."""
+        cache = AnswerCache(
+            config.cache,
+            self.desk,
+            self.books,
+            Cargos(self.registry.manifest, self.placer.releases, self.placer.content_hashes),
+            embedding,
+            functools.partial(cache_salt, salt_secret),
+            time.monotonic,
+            random.Random(secrets.randbits(64)),
+            lambda: secrets.token_hex(12),
+        )
+        if config.cache.enabled:
+            self.desk.answers = cache
+        return cache
+
+    def _flows(self, config: CoordinatorConfig, sealer: RowSealer) -> Flows:
+        """Workflows."""
+        tools = Tools(
+            self.orders, self.templates, self.market.bid, lambda cargo: self.placer.remember_offered((cargo,)), _now_ms
+        )
+        runner = self.runs.runners[RunKind.WORKFLOW] = WorkflowRunner(tools)
+        store = FlowStore(self.books, sealer, _now_ms, secrets.token_bytes)
+        quoter = Quoter(self.market.bid, self.placer.writes_text, config.job_timeout_s)
+        return Flows(self.runs, runner, store, quoter, _now_ms, config.retry_window_s)
+
+    def _file_batches(self, config: CoordinatorConfig) -> FileBatches:
+        """What a line has said has to last to the end of its batch, and beyond."""
+        keep_s = limits.FILE_BATCH_WINDOW_S + max(config.run_retention_s, limits.RUN_RETENTION_S)
+        placer = self.placer
+        terms = LineTerms(
+            self.orders,
+            lambda cargo: placer.slots(cargo) - placer.queued(cargo),
+            placer.remember_offered,
+            lambda island: placer.newest_sequence(island) > 0,
+            keep_s,
+            config.job_timeout_s,
+        )
+        runner = self.runs.runners[RunKind.FILE_BATCH] = FileBatches(self.books, self.files, terms, _now_ms)
+        return runner
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Each is ready before the next one begins."""
         await nursery.start(self.registry.run)
+        await nursery.start(self.cache.serve)
         await nursery.start(self.pipelines.run)
         await nursery.start(self.desk.openings.run)
         await nursery.start(self.board.run)
@@ -282,6 +370,7 @@ def _services(
             "books_failures": parts.books.writer.statistics.failed,
             "answers_replayed": parts.desk.replayed,
             "jobs_adopted": parts.upkeep.adopted,
+            **parts.cache.gauges(),
         }
 
     async def cargos() -> dict[str, int]:
@@ -289,6 +378,9 @@ def _services(
 
     def more(admit: Admit) -> Sequence[Routes]:
         parts.account_routes = AccountRoutes(admit, parts.books.database, parts.books.writer, gate)
+        batches = BatchRoutes(
+            admit, bridge, parts.batches, _looker(parts.placer), salt_secret, config.keep_alive_comment_s, services.draining.is_set
+        )
         jobs = JobRoutes(
             admit,
             bridge,
@@ -301,9 +393,32 @@ def _services(
             config.keep_alive_comment_s,
             services.draining.is_set,
             parts.placer.why_waiting,
+            batches,
+            config.cache.enabled,
         )
         cargo_routes = CargoRoutes(admit, bridge, parts.registry)
-        return parts.account_routes, jobs, MarketRoutes(admit, bridge, parts.market, config.job_timeout_s), cargo_routes
+        return (
+            parts.account_routes,
+            batches,
+            jobs,
+            MarketRoutes(admit, bridge, parts.market, config.job_timeout_s),
+            cargo_routes,
+            WorkflowRoutes(
+                admit, bridge, parts.flows, salt_secret, config.keep_alive_comment_s, services.draining.is_set
+            ),
+            CacheRoutes(admit, bridge, parts.cache),
+            FileRoutes(admit, bridge, parts.files, services.draining.is_set),
+            OpenaiBatchRoutes(
+                admit,
+                bridge,
+                parts.books,
+                parts.runs,
+                parts.file_batches,
+                salt_secret,
+                config.files.retention_s,
+                services.draining.is_set,
+            ),
+        )
 
     services = Services(
         bridge=bridge,
@@ -320,11 +435,23 @@ def _services(
         keep_s=config.retry_window_s,
         keep_images_s=config.result_retention_s,
         lines=parts.board,
+        cache=parts.cache.state_json if config.cache.enabled else None,
         job_timeout_s=config.job_timeout_s,
         more=more,
         has_books=lambda: parts.upkeep.healthy,
     )
     return services
+
+
+def _looker(placer: Placer) -> Callable[[str], tuple[bool, bool | None]]:
+    """Of a Cargo: whether somebody offers it or did a moment ago, and whether it writes texts."""
+
+    def look(cargo: str) -> tuple[bool, bool | None]:
+        writes_text = placer.writes_text(cargo)
+        outcome = placer.preview(Wish(cargo, 0), None) if writes_text is None else None
+        return not (isinstance(outcome, Refusal) and outcome.code is Code.UNKNOWN_CARGO), writes_text
+
+    return look
 
 
 async def _watch_book(port: IslandPort, placer: Placer) -> None:

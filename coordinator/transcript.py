@@ -16,6 +16,7 @@ from protocol.errors import Code, Refused, RemoteProtocolError
 from protocol.generation import FinishReason
 from protocol.prices import Ask
 
+NOBODY = ""  # instead of an Island, in answers that come from a cache
 _VERSION = 2
 
 
@@ -58,6 +59,17 @@ class Transcript:
 
     def text(self, choice: int) -> str:
         return "".join(piece.text for piece in self._texts.get(choice, ()))
+
+    def nameless(self) -> Transcript:
+        """The same answer without who gave it, how long that took and what it cost."""
+        found = Transcript()
+        found._texts, found._lines, found._line_bytes = self._texts, self._lines, self._line_bytes
+        for index, result in self._results.items():
+            found._accepted[index] = replace(self._accepted[index], island=NOBODY, placed_s=0.0, route=())
+            found._results[index] = replace(
+                result, islands=(NOBODY,), stages=(), price_micros=0, prefill_us=0, decode_us=0, wire_us=0, mended=0, receipt=b""
+            )
+        return found
 
     def pack(self) -> bytes:
         """All choices, which have all ended. Receipts are kept elsewhere and left out."""

@@ -12,7 +12,7 @@ that the database was away. Seen so in two rounds in a row it is run again, once
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import sqlalchemy as sql
 import trio
@@ -121,6 +121,7 @@ class Upkeep:
         self._strays: set[str] = set()  # seen in the last round
         self._rerun: set[str] = set()  # strays that were run again
         self._vigil = Vigil()
+        self.forgetting: list[Callable[[int], Awaitable[None]]] = []  # more to be done at a sweep; Unix milliseconds
         self.draining = False  # what others leave is not for us any more
         self.adopted = self.failed_over = 0
 
@@ -255,6 +256,8 @@ class Upkeep:
         await self._books.change(job_queries.forget_results, now_ms)
         if self._runs is not None:
             await self._runs.forget(now_ms)
+        for forget in self.forgetting:
+            await forget(now_ms)
         await self._books.change(job_queries.forget_requests, now_ms)
         for job in await self._books.ask(job_queries.expired_holds, now_ms, _JOBS_AT_ONCE):
             if live.get(job.owner) != job.owner_boot:  # whoever lives settles his own, whatever a clock that jumped says

@@ -14,8 +14,8 @@
     memory_mb = 256
     time_s = 60
 
-``[options]``, ``[input_schema]`` and ``[output_schema]`` are tables that become JSON; ``[cache]`` has enabled, ttl_s and
-similarity_milli. Nothing is read outside the folder.
+``[options]``, ``[input_schema]`` and ``[output_schema]`` are tables that become JSON; ``[cache]`` has enabled, ttl_s,
+similarity_milli and public (protocol.cargos.CachePolicy). Nothing is read outside the folder.
 """
 
 from __future__ import annotations
@@ -205,13 +205,12 @@ def _needs(table: Mapping[str, Any]) -> Needs:
 
 def _cache(table: Mapping[str, Any]) -> CachePolicy:
     plain = CachePolicy()
-    unknown = sorted(table.keys() - {"enabled", "ttl_s", "similarity_milli"})
-    enabled = table.get("enabled", plain.enabled)
-    if unknown or not isinstance(enabled, bool):
-        _wrong("cache has enabled (true or false), ttl_s and similarity_milli")
-    return CachePolicy(
-        enabled, _whole(table, "ttl_s", plain.ttl_s), _whole(table, "similarity_milli", plain.similarity_milli)
-    )
+    unknown = sorted(table.keys() - {"enabled", "ttl_s", "similarity_milli", "public"})
+    enabled, public = table.get("enabled", plain.enabled), table.get("public", plain.public)
+    if unknown or not isinstance(enabled, bool) or not isinstance(public, bool):
+        _wrong("cache has enabled and public (true or false), ttl_s and similarity_milli")
+    similarity_milli = _whole(table, "similarity_milli", plain.similarity_milli)
+    return CachePolicy(enabled, _whole(table, "ttl_s", plain.ttl_s), similarity_milli, public)
 
 
 def _files(folder: Path, table: Mapping[str, Any], progress: Progress) -> tuple[CargoFile, ...]:
@@ -306,8 +305,11 @@ time_s = 60
 [input_schema]           # a JSON schema; empty takes any object
 type = "object"
 
-[cache]
-enabled = false
+[cache]                  # of answers, which are free to whoever asks the same again
+enabled = true           # false where it draws, looks at the clock or at anything else but its input
+ttl_s = 3600
+similarity_milli = 850   # of language models: how alike two questions have to be, in thousandths; 1000: equal
+public = false           # true: an account may be given what another one's job has answered
 """
 
 

@@ -11,7 +11,21 @@ from collections.abc import Sequence
 from node import VERSION
 from protocol.errors import ArchipelagError, ConfigError
 
-COMMANDS = ("start", "coordinator", "bridge", "demo", "keys", "accounts", "cargo", "status", "peers", "doctor")
+COMMANDS = (
+    "start",
+    "coordinator",
+    "bridge",
+    "demo",
+    "keys",
+    "accounts",
+    "cargo",
+    "cache",
+    "batch",
+    "workflow",
+    "status",
+    "peers",
+    "doctor",
+)
 EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_PIPE = 2, 130, 141
 
 _DESCRIPTION = "Archipelag: a peer-to-peer network that turns home GPUs into one inference service."

@@ -13,17 +13,20 @@ from typing import Any
 
 import trio
 
+from coordinator.cache.service import AnswerCache
 from coordinator.config import CoordinatorConfig
 from coordinator.pipelines import Pipelines
 from coordinator.ports import JobRun
 from coordinator.server import CoordinatorServer, open_coordinator
 from node import AGENT
 from node.announce import AdsServer
+from node.answer_embedder import AnswerEmbedder
 from node.bookkeeper import BookKeeper, now_ms
 from node.cargo_links import CargoLinks
 from node.cargo_listing import CargoListing
 from node.cargo_news import CargoNews
 from node.catchup import CatchUp
+from node.collector import set_for_long_service
 from node.control import serve_control
 from node.datadir import PEERS_FILE, DataDir
 from node.direct_served import DirectServer
@@ -64,6 +67,7 @@ class CoordinatorRole:
     ready_file: str | None = None
     manifests: Mapping[str, ShardManifest] = field(default_factory=dict)
     network_of: str | None = None  # data folder of a Coordinator whose network this one is to serve too
+    cache_model: str = ""  # Cargo that ships and says which questions are alike; empty: only equal ones are
 
 
 class NetworkPort:
@@ -190,6 +194,8 @@ class _Coordinator:
         self._links: Links | None = None
         self._pipelines: Pipelines | None = None
         self._direct: DirectServer | None = None
+        self._cache: AnswerCache | None = None
+        self._embedder = AnswerEmbedder(role.cache_model) if role.cache_model else None
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -204,7 +210,7 @@ class _Coordinator:
             discovery = self._discovery()
             self._keeper.met = lambda ad: discovery.learn(ad.peer, ad.addresses)
             await nursery.start(discovery.run)
-            await nursery.start(serve_control, self._data, {"status": self.status, "peers": self.peers})
+            await nursery.start(serve_control, self._data, {"status": self.status, "peers": self.peers, "cache": self.cache})
             salt = self._data.secret("salt")
             async with open_coordinator(
                 self._role.http,
@@ -216,12 +222,16 @@ class _Coordinator:
                 self._role.manifests,
                 self._host.round_trips_s,
                 await trio.to_thread.run_sync(shipped_addresses),
+                self._embedder,
             ) as server, self._listing(server).running():
-                self._pipelines = server.pipelines
+                self._pipelines, self._cache = server.pipelines, server.cache
                 self._direct = direct = DirectServer(server.direct, self._hello)
                 self._host.set_handler(DESK_PROTOCOL, DESK, direct.serve_desk)
                 self._host.set_handler(SETTLE_PROTOCOL, SETTLE, direct.serve_settle)
+                set_for_long_service()
                 self._say_ready(server)
+                if self._embedder is not None:
+                    nursery.start_soon(self._embedder.run)
                 await self._stop.wait()
                 remove_ready(self._role.ready_file)
                 direct.draining = True
@@ -287,9 +297,18 @@ class _Coordinator:
             "direct": asdict(self._direct.counts) if self._direct is not None else {},
             "gossip": self._spreader.statistics(),
             "news": self._news.status(),
+            "cache_model": self._embedder.statistics() if self._embedder is not None else {},
             "links": repr(self._links),
             "host": asdict(self._host.statistics()),
         }
+
+    def cache(self) -> Mapping[str, Any]:
+        """What ``cache stats`` shows: numbers and states, never a question or an answer."""
+        if self._cache is None:
+            return {"error": "the Coordinator is still being started"}
+        told = self._cache.stats_json("")
+        told.pop("own", None)  # of an account, which an operator is not
+        return told
 
     def peers(self) -> Mapping[str, Any]:
         return peers_json(self._host, self._keeper)

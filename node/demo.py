@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from node import demo_cargos
+from node import demo_cache, demo_cargos
 from node.demo_client import MODEL, DemoFailed, ask_json, chunks_of, open_answer, question, say, text_of
 from node.localnet import LocalNetwork
 from protocol.errors import ConfigError
@@ -45,11 +45,17 @@ def run_demo(config: DemoConfig, out: TextIO) -> None:
         islands = _start_islands(config.islands, network, more)
         key = network.make_key()
         say(out, f"4/4 answer ({time.monotonic() - started:.1f} s after the start)\n")
-        _ask(network.url, key, config.prompt, islands, out)
+        told = _ask(network.url, key, config.prompt, islands, out)
+        demo_cache.show(network.url, key, _data_dir(network), config.prompt, told, out)
         demo_cargos.show(network.url, key, more, out)
         if not config.once:
             _stay(network, key, out)
         say(out, "\nstopping …")
+
+
+def _data_dir(network: LocalNetwork) -> str:
+    assert network.coordinator is not None, "it was started"
+    return str(network.coordinator.data_dir)
 
 
 def _free_address(config: DemoConfig, out: TextIO) -> str:
@@ -82,18 +88,20 @@ def _start_islands(count: int, network: LocalNetwork, more: Sequence[str]) -> di
     return {str(node.wait_ready()["peer_id"]): node.name for node in nodes}
 
 
-def _ask(url: str, key: str, prompt: str, islands: dict[str, str], out: TextIO) -> None:
+def _ask(url: str, key: str, prompt: str, islands: dict[str, str], out: TextIO) -> demo_cache.Told:
     """Asks what the answer will cost at most, streams it as it comes, then says who gave it, what it did cost, and what is left."""
     quote = ask_json(url, key, "/api/v1/quotes", question(prompt))
     say(out, f"> {prompt}")
     quoted = islands.get(quote["island"], "an Island")
     say(out, f"quote: at most {quote['price']} credits at {quoted}, until {quote['expires_at']}\n")
+    started = time.monotonic()
     with open_answer(url, key, prompt, stream_options={"include_usage": True}, quote=quote["id"]) as response:
         island = response.getheader("x-archipelag-island", "")
         last: dict[str, Any] = {}
         for last in chunks_of(response):
             out.write(text_of(last))
             out.flush()
+    took_s = time.monotonic() - started
     say(out, f"\n\nfrom {islands.get(island, 'an Island')} ({island})")
     usage, metadata = last.get("usage") or {}, last.get("metadata") or {}
     say(
@@ -101,6 +109,7 @@ def _ask(url: str, key: str, prompt: str, islands: dict[str, str], out: TextIO) 
         f"{usage.get('completion_tokens')} tokens, price {metadata.get('price')} credits, job {metadata.get('job_id')}",
     )
     say(out, f"balance: {ask_json(url, key, '/api/v1/account')['credits']} credits")
+    return demo_cache.Told(took_s, metadata)
 
 
 def _stay(network: LocalNetwork, key: str, out: TextIO) -> None:

@@ -47,6 +47,7 @@ def examine(data_dir: str, coordinator: str = "") -> list[Finding]:
         _engine,
         _runtimes,
         _walls,
+        _alike,
         lambda: _folder(data_dir),
         _cache,
     ]
@@ -140,6 +141,28 @@ def _walls() -> Iterator[Finding]:
     """Behind what native Cargos work."""
     sandbox = probe()
     yield Finding("ok" if sandbox.level is Level.NAMESPACES else "note", str(sandbox))
+
+
+def _alike() -> Iterator[Finding]:
+    """Whether a Coordinator here finds questions in its cache of answers that mean the same."""
+    from node.answer_embedder import missing_modules
+    from node.settings import CACHE_MODEL_DEFAULT
+    from node.shipped import shipped
+    from runtimes.store import ModelStore
+
+    what = "a Coordinator here answers alike questions from its cache"
+    if missing := missing_modules():
+        yield Finding("note", f"{what} only where they are equal: {missing[0]} is not installed", "pip install archipelag[onnx]")
+        return
+    found = shipped(CACHE_MODEL_DEFAULT)
+    assert found is not None, "it ships"
+    here = {entry.model.sha256 for entry in ModelStore().list()}
+    absent = [file for file in found.manifest.files if file.sha256 not in here]
+    if absent:
+        size = sum(file.size_bytes for file in absent)
+        yield Finding("ok", f"{what}; it fetches {CACHE_MODEL_DEFAULT} first, {size / 1e6:.0f} MB")
+    else:
+        yield Finding("ok", f"{what}, by {CACHE_MODEL_DEFAULT}, which is in the model cache")
 
 
 def _folder(data_dir: str) -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,11 +68,11 @@ def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-async def bring_files(cargo: LocalCargo, store: ModelStore, stack: ExitStack) -> dict[str, Path]:
+async def bring_files(cargo: LocalCargo, store: ModelStore, stack: ExitStack, told: Progress | None = None) -> dict[str, Path]:
     """Path in the manifest -> where the checked file lies; from the folder, else from the store or its sources, and then held until the
-    stack ends. Raises ConfigError that says which file cannot be had."""
+    stack ends. ``told``: who hears how far it is; None: the console. Raises ConfigError that says which file cannot be had."""
     places: dict[str, Path] = dict(cargo.here)
-    with ConsoleProgress() as progress:
+    with ConsoleProgress() if told is None else nullcontext(told) as progress:
         if cargo.folder is not None:
             await trio.to_thread.run_sync(_take_from_folder, cargo, places, progress)
         for file in cargo.manifest.files:

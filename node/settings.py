@@ -18,7 +18,9 @@ from protocol.errors import ConfigError
 
 PREFIX = "ARCHIPELAG_"
 CONFIG_FILE = "config.toml"
+CACHE_MODEL_DEFAULT = "minilm-l6-v2"  # whose vectors say which questions are alike
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\Z", re.IGNORECASE)
+_SIMILARITY = re.compile(r"([01])(?:\.([0-9]{1,3}))?\Z")
 
 
 def parse_bytes(text: str) -> int:
@@ -36,6 +38,23 @@ def parse_host_port(text: str) -> tuple[str, int]:
     if not separator or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"{text!r} is not HOST:PORT")
     return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def parse_switch(text: str) -> bool:
+    """``on`` or ``off``. Raises ValueError."""
+    try:
+        return _parse_bool(text)
+    except ValueError:
+        raise ValueError(f"{text[:40]!r} is neither on nor off") from None
+
+
+def parse_similarity(text: str) -> int:
+    """``0.85`` in thousandths: 850. Raises ValueError."""
+    found = _SIMILARITY.match(text)
+    milli = int(found[1]) * 1000 + int((found[2] or "").ljust(3, "0")) if found else 0
+    if not 0 < milli <= 1000:
+        raise ValueError(f"a similarity is above 0 and at most 1, with at most three decimals, such as 0.85, not {text[:40]!r}")
+    return milli
 
 
 def settle(

@@ -109,11 +109,15 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class CachePolicy:
-    """Whether answers may be kept for the same input, for how long, and how alike inputs have to be, in thousandths (1,000: equal)."""
+    """Whether answers may be kept for the same input, for how long, and how alike inputs have to be, in thousandths (1,000: equal).
 
-    enabled: bool = False
-    ttl_s: int = 3600
-    similarity_milli: int = 1000
+    ``public``: whether an account may be given what another one's job has answered. A publisher says so where an input tells nothing of
+    who sent it, or where nothing is ever learnt from a quick answer; by default nobody is told what anybody else has asked."""
+
+    enabled: bool = True
+    ttl_s: int = limits.CARGO_CACHE_TTL_S_DEFAULT
+    similarity_milli: int = limits.CARGO_CACHE_SIMILARITY_MILLI_DEFAULT
+    public: bool = False
 
     def __post_init__(self) -> None:
         checks.in_range("ttl_s", self.ttl_s, 1, limits.CARGO_CACHE_TTL_S_MAX)

@@ -144,6 +144,22 @@ LOGIN_TRIES_PER_MINUTE = 5
 KEEPALIVE_COMMENT_S = 10.0
 HEADERS_WAIT_S = 1.0  # so long a stream's headers wait for the first token, so that they name the Island that gave it
 
+# Files, and batches of their lines (OpenAI's Files and Batch API; design.md, HTTP)
+FILE_BYTES_MAX = 100_000_000
+FILE_PIECE_BYTES = 1024 * 1024  # is sealed and stored at a time
+FILES_MAX = 1000  # of one account
+FILES_BYTES_MAX = 2 * 1024**3  # of all files of one account together
+FILES_LISTED_MAX = 10_000
+FILE_RETENTION_S = 30 * 86_400.0  # unless the file says less
+FILE_EXPIRY_MIN_S = 3600.0
+FILE_UPLOAD_S = 3600.0  # what is not whole by then is deleted
+FILE_LINES_MAX = 50_000
+FILE_LINE_BYTES_MAX = BODY_BYTES_MAX + 64 * 1024  # a body, and what names it
+FILE_BATCH_WINDOW_S = 86_400.0
+FILE_BATCHES_OPEN_MAX = 50  # of one account
+FILE_BATCHES_LISTED_MAX = 100
+FILE_BATCH_ERRORS_SHOWN_MAX = 100  # in a batch itself; all of them stand in its error file
+
 # Host
 CONNECTIONS_MAX = 2000
 KEEPALIVE_INTERVAL_S = 4.0
@@ -177,6 +193,7 @@ assert COUNT_EVERY_TOKENS <= COMPLETION_TOKENS_MAX
 assert 2 * LEASE_RENEW_S <= LEASE_S, "one renewal may be late"
 assert ENVELOPE_BYTES_MAX < DESK_ATTEMPTS_BYTES_MAX < FRAME_HEADER_BYTES_MAX - 16 * DESK_ATTEMPTS_MAX
 assert BODY_BYTES_MAX <= JOB_INPUT_BYTES_MAX
+assert FILE_EXPIRY_MIN_S <= FILE_BATCH_WINDOW_S <= FILE_RETENTION_S and FILE_BYTES_MAX <= FILES_BYTES_MAX
 
 # Network layer (node/net)
 STREAM_WINDOW_BYTES = 16 * 1024 * 1024  # more than the usual message, or each message waits one round trip longer
@@ -245,6 +262,59 @@ STAGE_SLOW_STEPS = 24
 MEND_WAIT_S = 30.0  # how long a broken route waits for an Island that can take the place
 SHARD_LOAD_S = 1800.0
 
+# Batches (coordinator/batches)
+BATCH_INPUTS_MAX = 100  # mission.md: "1-100 inputs"
+BATCH_BODY_BYTES_MAX = 32_000_000
+BATCHES_OPEN_MAX = 50  # of one account
+BATCH_OUTPUT_BYTES_MAX = 64 * 1024 * 1024  # of all inputs, told at once; pictures beyond that are read job by job
+BATCH_RUNNING_MAX = 256  # jobs of one batch at once, however many slots there are: each is a task and a hold
+BATCH_ITEM_TRIES_MAX = 3  # of one input, where it failed for a reason that passes
+BATCH_ITEM_ATTEMPTS_MAX = 16  # all jobs of one input, those that a Coordinator left and second copies too
+
+assert BATCH_INPUTS_MAX * JOB_INPUT_JSON_BYTES_MAX < BATCH_BODY_BYTES_MAX
+assert 2 * BATCH_ITEM_TRIES_MAX < BATCH_ITEM_ATTEMPTS_MAX
+
+# Workflows: definitions
+FLOW_STEPS_MAX = 200
+FLOW_KEY_CHARS_MAX = 64
+FLOW_DEFINITION_BYTES_MAX = 256 * 1024  # as compact JSON; one that is all templates takes a second to read
+FLOW_DEPTH_MAX = 32  # of inputs and mappings
+FLOW_POINTER_CHARS_MAX = 512
+FLOW_TASKS_MAX = 20_000  # of one run: steps, and items of those that fan out, taken at their largest
+FLOW_ITEMS_MAX = 10_000  # of one step
+FLOW_ITEMS_DEFAULT = 100  # where max_items says nothing
+FLOW_ATTEMPTS_MAX = 10
+FLOW_ATTEMPTS_DEFAULT = 3  # of on_failure "retry"
+FLOW_BACKOFF_S_MAX = 3600.0
+FLOW_BACKOFF_FACTOR_MAX = 10.0
+FLOW_TIMEOUT_S_MAX = 3600.0
+
+# Workflows: templates run in a process of their own
+FLOW_TEMPLATE_CHARS_MAX = 32_768  # as a message
+FLOW_TEMPLATE_DEPTH_MAX = 64  # of its syntax tree
+FLOW_RENDER_CPU_S = 0.5
+FLOW_RENDER_WALL_S = 1.5  # the machine may be busy; what takes longer is ended all the same
+FLOW_RENDER_START_S = 20.0  # a worker has started by then: a busy machine, cold files
+FLOW_RENDER_BYTES_MAX = 256 * 1024  # as the input of a job
+FLOW_RENDER_RANGE_MAX = 10_000
+FLOW_RENDER_MEMORY_BYTES_MAX = 256 * 1024 * 1024
+FLOW_VARIABLES_BYTES_MAX = 4 * 1024 * 1024  # of what one template looks at
+FLOW_RENDERS_AT_ONCE = 2
+FLOW_RENDERS_WAITING_MAX = 1024
+
+# Workflows: runs (coordinator/workflows)
+FLOW_RUNS_OPEN_MAX = 200  # of one account
+FLOW_PARALLEL_MAX = 64  # tasks of one run at once
+FLOW_LEAVE_S = 30.0  # what runs may take to end where the database is away
+FLOW_TAKEN_BYTES_MAX = 32 * 1024 * 1024  # of outputs that a run takes over from another
+FLOW_SHOWN_BYTES_MAX = 64 * 1024 * 1024  # of all that a run's jobs have said, told at once
+FLOW_OUTPUT_BYTES_MAX = 16 * 1024 * 1024  # of what a run's own output gives
+FLOW_VERSIONS_MAX = 1_000  # saved by one account
+
+assert FLOW_STEPS_MAX <= FLOW_ITEMS_MAX <= FLOW_TASKS_MAX
+assert FLOW_RENDER_BYTES_MAX <= JOB_INPUT_JSON_BYTES_MAX and FLOW_RENDER_CPU_S < FLOW_RENDER_WALL_S
+assert FLOW_TEMPLATE_CHARS_MAX <= MESSAGE_CHARS_MAX and FLOW_DEFINITION_BYTES_MAX < BODY_BYTES_MAX
+
 # Cargos
 CARGO_NAME_CHARS_MAX = 64
 CARGO_MANIFEST_BYTES_MAX = 60 * 1024  # fits into an envelope
@@ -258,6 +328,8 @@ CARGO_THREADS_MAX = 64
 CARGO_OUTPUT_BYTES_DEFAULT = 16 * 1024 * 1024
 CARGO_OUTPUT_BYTES_MAX = 256 * 1024 * 1024
 CARGO_CACHE_TTL_S_MAX = 30 * 86_400
+CARGO_CACHE_TTL_S_DEFAULT = 3_600
+CARGO_CACHE_SIMILARITY_MILLI_DEFAULT = 850
 SHELF_CARGOS_MAX = 10_000  # that one node knows
 SHELF_REVOCATIONS_MAX = 100_000
 SHELF_EARLY_MAX = 10_000  # revocations by publishers of whom a node knows nothing

@@ -17,6 +17,7 @@ _FIELDS = tuple(field.name for field in fields(Run))
 _BLOBS = ("spec", "result")
 _ONE = sql.select(*(runs.c[name] for name in _FIELDS))
 _LIST = sql.select(*(runs.c[name] for name in _FIELDS if name not in _BLOBS))
+_WITHOUT_SPEC = sql.select(*(runs.c[name] for name in _FIELDS if name != "spec"))
 _OPEN = runs.c.state == RunState.RUNNING.value
 _CHILDREN = sql.select(*(jobs.c[name] for name in LISTED))
 _WITH_OUTPUT = sql.select(*(jobs.c[name] for name in (*LISTED, "output")))
@@ -32,6 +33,18 @@ def run_of(connection: sql.Connection, run_id: str, account: str) -> Run | None:
     """A run of this account, with its sealed specification and result."""
     row = connection.execute(_ONE.where(runs.c.id == run_id, runs.c.account == account)).first()
     return _run(row) if row is not None else None
+
+
+def run_without_spec(connection: sql.Connection, run_id: str, account: str) -> Run | None:
+    """A run of this account, with its sealed result: for who looks often, since specifications may be large."""
+    row = connection.execute(_WITHOUT_SPEC.where(runs.c.id == run_id, runs.c.account == account)).first()
+    return _run(row) if row is not None else None
+
+
+def open_runs(connection: sql.Connection, account: str, kind: RunKind) -> int:
+    """How many of an account have not ended."""
+    wanted = _OPEN & (runs.c.account == account) & (runs.c.kind == kind.value)
+    return connection.execute(sql.select(sql.func.count()).select_from(runs).where(wanted)).scalar_one()
 
 
 def any_run(connection: sql.Connection, run_id: str) -> Run | None:
@@ -77,6 +90,12 @@ def spent_by(connection: sql.Connection, run_id: str) -> int:
     """Micro-credits that the jobs of a run have cost."""
     total = sql.select(sql.func.coalesce(sql.func.sum(jobs.c.price_micros), 0)).where(jobs.c.parent == run_id, jobs.c.parent != "")
     return int(connection.execute(total).scalar_one())
+
+
+def output_bytes(connection: sql.Connection, job_ids: Sequence[str]) -> int:
+    """What is kept of all these jobs' outputs together; of at most _IN_MAX jobs."""
+    size = sql.select(sql.func.coalesce(sql.func.sum(sql.func.length(jobs.c.output)), 0))
+    return int(connection.execute(size.where(jobs.c.id.in_(job_ids[:_IN_MAX]))).scalar_one())
 
 
 def outputs_of(connection: sql.Connection, job_ids: Sequence[str], now_ms: int) -> list[Job]:

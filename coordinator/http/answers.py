@@ -12,8 +12,21 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
+from coordinator.http.cache_notes import CacheNote
 from coordinator.http.schema import ApiRequest
-from coordinator.jobs import Accepted, CacheHit, ChoiceResult, Event, Replayed, Said, Settled, StageShare, Text
+from coordinator.jobs import (
+    Accepted,
+    CacheHit,
+    CachePassed,
+    CacheWaits,
+    ChoiceResult,
+    Event,
+    Replayed,
+    Said,
+    Settled,
+    StageShare,
+    Text,
+)
 from coordinator.logprobs import TokenLogprob
 from protocol.prices import format_credits
 
@@ -46,10 +59,10 @@ class Answer:
     explain: bool = False  # the client wants to know why this Island
     settled: Settled | None = None
     is_replay: bool = False
-    hit: CacheHit | None = None
+    cache: CacheNote = field(default_factory=CacheNote)
 
-    def note(self, event: Accepted | Said | ChoiceResult | Settled | Replayed | CacheHit) -> None:
-        if isinstance(event, Said):
+    def note(self, event: Accepted | Said | ChoiceResult | Settled | Replayed | CacheHit | CachePassed | CacheWaits) -> None:
+        if isinstance(event, Said | CacheWaits):
             return  # lines are not shown in answers of OpenAI's shapes
         if isinstance(event, ChoiceResult):
             self.results[event.choice] = event
@@ -57,8 +70,9 @@ class Answer:
             self.settled = event
         elif isinstance(event, Replayed):
             self.job_id, self.is_replay = event.job_id, True
-        elif isinstance(event, CacheHit):
-            self.hit = event
+            self.cache.note(event)
+        elif isinstance(event, CacheHit | CachePassed):
+            self.job_id = self.cache.note(event) or self.job_id
         elif not self.island:
             self.island, self.engine, self.placed_s = event.island, event.engine, event.placed_s
             self.route = event.route
@@ -82,6 +96,7 @@ class Answer:
             "x-archipelag-island": self.island,
             "x-archipelag-route": ",".join(self.route) or self.island,
             "server-timing": timing,
+            **self.cache.headers(),
             **({"x-archipelag-replayed": "true"} if self.is_replay else {}),
         }
 
@@ -110,8 +125,7 @@ class Answer:
         metadata: dict[str, Any] = {
             "job_id": self.job_id,
             "price": format_credits(self.price_micros),
-            "cache_hit": self.hit is not None,
-            "cache_strategy": self.hit.strategy if self.hit is not None else None,
+            **self.cache.metadata(),
         }
         if self.explain and self.settled is not None and self.settled.placement:
             metadata["placement"] = json.loads(self.settled.placement)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from coordinator.books.errors import BooksRefused, BooksUnavailable
+from coordinator.cache.asking import CacheAsk, ask_of
 from coordinator.dispatch import Emit
 from coordinator.exchange.bids import Work
 from coordinator.exchange.quotes import QuoteRefused
@@ -25,6 +26,7 @@ from coordinator.http import embeddings, images, models, schema
 from coordinator.http.answers import Answer, Shape, StreamWriter, json_response, whole
 from coordinator.http.auth import Gate
 from coordinator.http.bridge import Bridge, Stream
+from coordinator.http.cache_notes import CacheNote
 from coordinator.http.chat import ChatShape
 from coordinator.http.completions import CompletionShape
 from coordinator.http.errors import ApiError, bad_request, from_books, from_quote, from_refusal, unavailable
@@ -33,7 +35,7 @@ from coordinator.http.line_answers import LineAnswer, LineRequest, line_order
 from coordinator.http.metrics import CONTENT_TYPE, Metrics
 from coordinator.http.sse import DONE, KEEP_ALIVE, EventStream, event
 from coordinator.http.terms import Terms, need_cargo, read_terms
-from coordinator.jobs import Accepted, Event, JobSpec, Replayed
+from coordinator.jobs import Accepted, CacheHit, CachePassed, CacheWaits, Event, JobSpec, Replayed
 from coordinator.matching import declared_tokens
 from coordinator.orders import Order
 from privacy.keys import cache_salt
@@ -51,6 +53,7 @@ _JSON = "application/json"
 _PREFIXES = ("/v1", "/api/v1")
 _REQUEST_ID_CHARS_MAX = 128
 _ACCOUNTS_REMEMBERED = 1024
+_FOREWORDS = Replayed | CacheHit | CachePassed | CacheWaits  # what is said before an answer, of where it comes from
 
 
 @dataclass(slots=True)
@@ -93,6 +96,8 @@ class KeptLines(Protocol):
 class AnyAnswer(Protocol):
     """What is known of an answer under way."""
 
+    cache: CacheNote
+
     def note(self, event: Any) -> None: ...
 
     def headers(self) -> dict[str, str]: ...
@@ -121,7 +126,8 @@ class Services:
     ``islands()``: how many there are; ``cargos()``: name of each Cargo that is offered -> Unix time in seconds since when.
     ``more(admit)``: further addresses under /api/v1; ``admit(request, scope)`` gives the account. ``keep_s``: how long answers of chats and
     completions are kept for requests that come again, ``keep_images_s``: pictures that have an address; 0: none has. ``lines``: None where
-    no jobs of lines can be run. ``job_timeout_s``: how long a job may run. ``has_books()``: whether the database can be used at the moment.
+    no jobs of lines can be run. ``cache()``: how the cache of answers stands; None: there is none. ``job_timeout_s``: how long a job may
+    run. ``has_books()``: whether the database can be used at the moment.
     """
 
     bridge: Bridge
@@ -138,6 +144,7 @@ class Services:
     keep_s: float = 0.0
     keep_images_s: float = 0.0
     lines: KeptLines | None = None
+    cache: Callable[[], dict[str, Any]] | None = None
     job_timeout_s: float = limits.JOB_TIMEOUT_S
     more: Callable[[Admit], Sequence[Routes]] = lambda admit: ()
     has_books: Callable[[], bool] = lambda: True
@@ -279,17 +286,17 @@ class Api:
         """503 where requests should go to another Coordinator."""
         services = self._services
 
-        async def look() -> tuple[int, bool]:
-            return services.islands(), services.has_books()
+        async def look() -> tuple[int, bool, dict[str, Any]]:
+            cache = services.cache() if services.cache is not None else {"enabled": False, "semantic": "there is no cache here"}
+            return services.islands(), services.has_books(), cache
 
-        islands, has_books = await services.bridge.call(look)
+        islands, has_books, cache = await services.bridge.call(look)
         if services.draining.is_set():
             status = "draining"
         else:
             status = "ok" if has_books else "books_unavailable"
-        return json_response(
-            {"status": status, "version": services.version, "islands": islands}, status=200 if status == "ok" else 503
-        )
+        shown = {"status": status, "version": services.version, "islands": islands, "cache": cache}
+        return json_response(shown, status=200 if status == "ok" else 503)
 
     async def metrics(self, _request: web.Request) -> web.StreamResponse:
         return web.Response(body=self._services.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
@@ -332,10 +339,18 @@ class Api:
             raise ApiError(404, "embeddings and pictures come from a Coordinator; ask that instead of a bridge", code="not_found")
         terms = read_terms(request, raw, body, account, services.salt_secret)
         need_cargo(asked.model, "model")
-        order = line_order(
-            secrets.token_hex(12), kind, asked, terms, account, self._salt(account), keep_s, services.job_timeout_s
-        )
-        return order, LineAnswer(asked.model, order.spec.job_id, int(time.time()), terms.explain)
+        job_id, salt = secrets.token_hex(12), self._salt(account)
+        ask = self._cache_ask(asked, kind, body, account, terms)
+        order = line_order(job_id, kind, asked, terms, account, salt, keep_s, services.job_timeout_s, ask)
+        return order, LineAnswer(asked.model, job_id, int(time.time()), terms.explain, cache=CacheNote.of(ask))
+
+    def _cache_ask(self, asked: LineRequest, kind: str, body: dict[str, Any], account: str, terms: Terms) -> CacheAsk | None:
+        """Pictures are kept where the client names their seed and takes them as they are: an address is one of a job's own."""
+        if self._services.cache is None:
+            return None
+        if kind == images.KIND and (body.get("seed") is None or body.get("response_format") == images.URL):
+            return None
+        return ask_of(asked.model, asked.given, body, account, terms.policy_text, terms.cache, lines_by_default=True)
 
     async def _generate(self, request: web.Request, parse: Parser, shape: Shape) -> web.StreamResponse:
         account, raw, body = await self._read(request)
@@ -343,8 +358,11 @@ class Api:
         terms = read_terms(request, raw, body, account, self._services.salt_secret)
         need_cargo(api.model, "model")
         job_id, services = secrets.token_hex(12), self._services
-        order = order_of(job_id, api, terms, account, self._salt(account), shape.kind, services.keep_s, services.job_timeout_s)
-        answer = Answer(api, job_id, int(time.time()), explain=terms.explain)
+        ask = None
+        if services.cache is not None and len(api.choices) == 1:
+            ask = ask_of(api.model, api.choices[0], body, account, terms.policy_text, terms.cache)
+        order = order_of(job_id, api, terms, account, self._salt(account), shape.kind, services.keep_s, services.job_timeout_s, ask)
+        answer = Answer(api, job_id, int(time.time()), explain=terms.explain, cache=CacheNote.of(ask))
         if api.stream:
             return await self._stream(request, order, answer, StreamWriter(answer, shape))
         events = await self._services.bridge.call(self._services.worker.collect, order)
@@ -359,8 +377,10 @@ class Api:
         stream: Stream[Event] = self._services.bridge.stream(lambda send: worker.run(order, send), weigh)
         try:
             events = await _opening(stream)
-            for said in (event for event in events if isinstance(event, Replayed)):
+            for said in (event for event in events if isinstance(event, _FOREWORDS)):
                 answer.note(said)
+            if not events or isinstance(events[-1], CacheWaits):
+                answer.cache.state = ""  # metadata will say what came of it
             if (accepted := _first_server(events)) is not None:
                 answer.note(accepted)
             async with EventStream(request, answer.headers(), self._services.keep_alive_comment_s, stream.nudge) as output:
@@ -375,7 +395,7 @@ def _first_server(events: list[Event]) -> Accepted | None:
     """The Island that gave the first words: the last one that took the first choice before anything was said."""
     found: Accepted | None = None
     for said in events:
-        if isinstance(said, Replayed):
+        if isinstance(said, _FOREWORDS):
             continue
         if not isinstance(said, Accepted):
             break
@@ -389,7 +409,7 @@ async def _opening(stream: Stream[Event]) -> list[Event]:
     events = await stream.take()
     timer = asyncio.get_running_loop().call_later(limits.HEADERS_WAIT_S, stream.nudge)
     try:
-        while all(isinstance(event, Accepted | Replayed) for event in events):
+        while all(isinstance(event, Accepted | _FOREWORDS) for event in events):
             more = await stream.take()
             if not more:
                 break
@@ -429,6 +449,7 @@ def order_of(
     kind: str,
     keep_s: float,
     job_timeout_s: float = limits.JOB_TIMEOUT_S,
+    cache: CacheAsk | None = None,
 ) -> Order:
     """A checked request as the desk takes it."""
     prompt_tokens = max(declared_tokens(choice.input_chars, 0) for choice in api.choices)
@@ -448,6 +469,7 @@ def order_of(
         idempotency_key=terms.idempotency_key,
         fingerprint=terms.fingerprint,
         is_retry=terms.is_retry,
+        cache=cache,
     )
 
 

@@ -193,7 +193,12 @@ def manifest_to_json(manifest: CargoManifest) -> dict[str, Any]:
         "options": schema.parse_json(manifest.options.encode()),
         "input_schema": schema.parse_json(manifest.input_schema.encode()),
         "output_schema": schema.parse_json(manifest.output_schema.encode()),
-        "cache": {"enabled": cache.enabled, "ttl_s": cache.ttl_s, "similarity_milli": cache.similarity_milli},
+        "cache": {
+            "enabled": cache.enabled,
+            "ttl_s": cache.ttl_s,
+            "similarity_milli": cache.similarity_milli,
+            "public": cache.public,
+        },
     }
 
 

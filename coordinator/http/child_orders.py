@@ -68,6 +68,6 @@ class ChildOrders:
             bid_micros=terms.bid_micros,
             policy_text=terms.policy_text,
             keep_s=self.keep_s,
-            cache=ask_of(cargo, asked, given, run.account, terms.policy_text, cache),
+            cache=ask_of(cargo, asked, given, run.account, terms.policy_text, cache) if cache.reads or cache.writes else None,
             parent=run.id,
         )

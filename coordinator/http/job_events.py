@@ -10,7 +10,7 @@ from coordinator.books.jobs import ENDED, JobState
 from coordinator.http.answers import to_json
 from coordinator.http.errors import ApiError
 from coordinator.job_board import JobEvent, Output, StateChange
-from coordinator.jobs import Said, Text
+from coordinator.jobs import CacheHit, Said, Text
 from protocol.cargo_io import DoneLine, ImageLine, ProgressLine, StatusLine, TokenLine
 
 _LIGHT_BYTES = 16 * 1024
@@ -25,6 +25,8 @@ def sse(said: JobEvent) -> bytes:
             return _line(line)
         case Output(done):
             return _event("output", **done_json(done))
+        case CacheHit(strategy, key):
+            return _event("cache", cache_hit=True, cache_strategy=strategy, cache_key=key)
         case StateChange(JobState.FAILED, code, message):
             return _event("error", state=said.state.value, error={"code": code, "message": message})
         case StateChange(state):

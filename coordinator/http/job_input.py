@@ -6,6 +6,7 @@ import json
 import secrets
 from typing import Any
 
+from coordinator.cache.asking import CacheAsk
 from coordinator.exchange.bids import Work
 from coordinator.http import schema
 from coordinator.http.errors import bad_request, unsupported
@@ -104,9 +105,11 @@ def job_order(
     keep_s: float,
     job_timeout_s: float,
     is_streamed: bool = False,
+    cache: CacheAsk | None = None,
 ) -> Order:
     """A submitted job as the desk takes it: it waits for an Island nearly as long as it may run, so that it can say what it waited for.
-    One that is streamed is like a chat: somebody waits for it, it is not run again, and lines of it are not kept."""
+    One that is streamed is like a chat: somebody waits for it, it is not run again, and lines of it are not kept for who comes again.
+    ``cache``: how the cache of answers is to be asked."""
     spec = JobSpec(
         job_id,
         cargo,
@@ -130,4 +133,5 @@ def job_order(
         fingerprint=terms.fingerprint,
         is_retry=terms.is_retry,
         input=b"" if is_streamed else pack_asked(asked),
+        cache=cache,
     )

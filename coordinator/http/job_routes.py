@@ -6,22 +6,26 @@ import asyncio
 import json
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from aiohttp import web
 
 from coordinator.books import job_queries
 from coordinator.books.errors import BooksRefused, BooksUnavailable
 from coordinator.books.jobs import Job, JobState
+from coordinator.cache.asking import ask_of
+from coordinator.desk import CACHED
 from coordinator.http import schema
 from coordinator.http.answers import json_response
 from coordinator.http.bridge import Bridge, Stopped, Stream
+from coordinator.http.cache_notes import CacheNote
 from coordinator.http.errors import ApiError, bad_request, from_books, from_refusal, unavailable
 from coordinator.http.job_events import failed, output_json, sse, weight_of
 from coordinator.http.job_input import Asked, job_order, lines_asked, read_body, text_asked, wants_text
 from coordinator.http.sse import HEADERS, KEEP_ALIVE, EventStream
 from coordinator.http.terms import read_flag, read_terms
 from coordinator.job_board import JobBoard, JobEvent, Output, StateChange
+from coordinator.jobs import CacheHit
 from coordinator.orders import Order
 from coordinator.statement import time_text
 from protocol import limits
@@ -35,6 +39,20 @@ _LIST_DEFAULT = 20
 _KIND_S = 1.0
 _KINDS_MAX = 1000
 _OFFSET_MAX = 1_000_000_000
+
+
+class Others(Protocol):
+    """What stands under the addresses of jobs and is none: batches."""
+
+    def has(self, request: web.Request) -> bool: ...
+
+    async def get(self, request: web.Request) -> web.StreamResponse: ...
+
+    async def cancel(self, request: web.Request) -> web.StreamResponse: ...
+
+    async def output(self, request: web.Request) -> web.StreamResponse: ...
+
+    async def stream(self, request: web.Request) -> web.StreamResponse: ...
 
 
 class JobRoutes:
@@ -57,10 +75,12 @@ class JobRoutes:
         keep_alive_s: float,
         draining: Callable[[], bool],
         why_waiting: WhyWaiting,
+        others: Others | None = None,
+        has_cache: bool = False,
     ) -> None:
         self._admit, self._bridge, self._board, self._salt, self._secret = admit, bridge, board, salt, secret
         self._keep_s, self._job_timeout_s, self._keep_alive_s, self._draining = keep_s, job_timeout_s, keep_alive_s, draining
-        self._why_waiting, self._writes_text = why_waiting, writes_text
+        self._why_waiting, self._writes_text, self._others, self._has_cache = why_waiting, writes_text, others, has_cache
         self._kinds: dict[str, tuple[bool | None, float]] = {}
 
     def routes(self, prefix: str) -> list[web.AbstractRouteDef]:
@@ -86,13 +106,14 @@ class JobRoutes:
         terms = read_terms(request, raw, body, account, self._secret)
         asked = await self._asked(cargo, given)
         salt, is_streamed = self._salt(account), read_flag(body.get("stream"), "stream")
+        ask = ask_of(cargo, asked, given, account, terms.policy_text, terms.cache) if self._has_cache else None
         order = job_order(
-            secrets.token_hex(12), cargo, asked, terms, account, salt, self._keep_s, self._job_timeout_s, is_streamed
+            secrets.token_hex(12), cargo, asked, terms, account, salt, self._keep_s, self._job_timeout_s, is_streamed, ask
         )
         if is_streamed:
             return await self._stream_now(request, order)
         job = await self._bridge.call(self._board.submit, order)
-        headers = {"Location": f"/api/v1/jobs/{job.id}", "x-archipelag-job": job.id}
+        headers = {"Location": f"/api/v1/jobs/{job.id}", "x-archipelag-job": job.id, **_cache_headers(job, order)}
         if job.id != order.spec.job_id:
             headers["x-archipelag-replayed"] = "true"
         (shown,) = await self._shown(job)
@@ -121,7 +142,9 @@ class JobRoutes:
         events: Stream[JobEvent] = self._bridge.stream(lambda send: self._board.run_now(order, send), weight_of)
         try:
             said = await _first_words(events)
-            headers = {"x-archipelag-job": order.spec.job_id}
+            note = CacheNote.of(order.cache)
+            job_id = next((note.note(event) for event in said if isinstance(event, CacheHit)), order.spec.job_id)
+            headers = {"x-archipelag-job": job_id, **note.headers()}
             if events.ended:  # all of it is here already
                 return web.Response(body=b"".join(map(sse, said)), headers={**HEADERS, **headers})
             async with EventStream(request, headers, self._keep_alive_s, events.nudge) as output:
@@ -143,6 +166,8 @@ class JobRoutes:
         return json_response({"data": await self._shown(*jobs), "meta": meta})
 
     async def get(self, request: web.Request) -> web.StreamResponse:
+        if self._others is not None and self._others.has(request):
+            return await self._others.get(request)
         (shown,) = await self._shown(await self._find(request))
         return json_response(shown)
 
@@ -159,6 +184,8 @@ class JobRoutes:
         return [job_json(job, refunded.get(job.id, 0), why.get(job.id)) for job in jobs]
 
     async def cancel(self, request: web.Request) -> web.StreamResponse:
+        if self._others is not None and self._others.has(request):
+            return await self._others.cancel(request)
         account = await self._admit(request, "write")
         job = await self._bridge.call(self._board.cancel, _id(request), account)
         texts = {
@@ -170,6 +197,8 @@ class JobRoutes:
         return json_response({"id": job.id, "state": job.state.value, "message": message, "price": format_credits(job.price_micros)})
 
     async def output(self, request: web.Request) -> web.StreamResponse:
+        if self._others is not None and self._others.has(request):
+            return await self._others.output(request)
         job = await self._find(request)
         if job.holder:
             raise ApiError(404, "this job's answer went straight from its Island to its bridge; it was never here", code="output_not_here")
@@ -195,6 +224,8 @@ class JobRoutes:
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """SSE from the job's beginning to its end, for any number of watchers."""
+        if self._others is not None and self._others.has(request):
+            return await self._others.stream(request)
         account = await self._admit(request, "read")
         job = await self._bridge.call(self._board.find, _id(request), account)
 
@@ -231,7 +262,8 @@ async def _first_words(events: Stream[JobEvent]) -> list[JobEvent]:
     said: list[JobEvent] = []
     timer = asyncio.get_running_loop().call_later(limits.HEADERS_WAIT_S, events.nudge)
     try:
-        while all(isinstance(event, StateChange | Output) for event in said) and not events.ended:  # behind an output comes the end
+        # behind an output comes the end
+        while all(isinstance(event, StateChange | Output | CacheHit) for event in said) and not events.ended:
             more = await events.take()
             if not more:
                 break
@@ -277,6 +309,8 @@ def job_json(job: Job, refunded_micros: int, waiting_for: str | None) -> dict[st
         "bid_source": job.bid_source,
         "price": format_credits(job.price_micros) if job.ended else None,
         "refunded": format_credits(refunded_micros) if refunded_micros else None,
+        "cache_hit": job.bid_source == CACHED,
+        "cache_strategy": _strategy(job),
         "waiting_for": waiting_for,
         "island": job.island or None,
         "region": job.region or None,
@@ -288,6 +322,22 @@ def job_json(job: Job, refunded_micros: int, waiting_for: str | None) -> dict[st
         "completed_at": _time(job.finished_at_ms),
         "output_until": _time(job.result_expires_at_ms),
     }
+
+
+def _strategy(job: Job) -> str | None:
+    """How the cache has found the answer of a job."""
+    if job.bid_source != CACHED or not job.placement:
+        return None
+    found = json.loads(job.placement).get("cache_strategy")
+    return found if isinstance(found, str) else None
+
+
+def _cache_headers(job: Job, order: Order) -> dict[str, str]:
+    """What a job that was submitted says of the cache."""
+    note = CacheNote.of(order.cache if job.id == order.spec.job_id else None)
+    if job.id == order.spec.job_id and job.bid_source == CACHED:
+        note.note(CacheHit(_strategy(job) or "", "", job.id))
+    return note.headers()
 
 
 def _usage(job: Job) -> dict[str, Any]:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from coordinator.cache.asking import CacheAsk
+from coordinator.http.cache_notes import CacheNote
 from coordinator.http.job_input import job_order
 from coordinator.http.terms import Terms
-from coordinator.jobs import Accepted, ChoiceResult, Event, Replayed, Said, Settled
+from coordinator.jobs import Accepted, CacheHit, CachePassed, ChoiceResult, Event, Replayed, Said, Settled
 from coordinator.orders import Order
 from protocol.cargo_io import DoneLine, ImageLine
 from protocol.cargo_jobs import CargoInput
@@ -27,10 +29,18 @@ class LineRequest:
 
 
 def line_order(
-    job_id: str, kind: str, asked: LineRequest, terms: Terms, account: str, salt: bytes, keep_s: float, job_timeout_s: float
+    job_id: str,
+    kind: str,
+    asked: LineRequest,
+    terms: Terms,
+    account: str,
+    salt: bytes,
+    keep_s: float,
+    job_timeout_s: float,
+    cache: CacheAsk | None = None,
 ) -> Order:
     """As the desk takes it: somebody waits for it, so it is not run again. ``keep_s``: how long its answer is kept, in seconds."""
-    plain = job_order(job_id, asked.model, asked.given, terms, account, salt, 0.0, job_timeout_s, is_streamed=True)
+    plain = job_order(job_id, asked.model, asked.given, terms, account, salt, 0.0, job_timeout_s, is_streamed=True, cache=cache)
     return replace(plain, kind=kind, delivers=asked.stream, keep_s=keep_s, check=asked.check)
 
 
@@ -49,6 +59,7 @@ class LineAnswer:
     images: list[ImageLine] = field(default_factory=list)
     result: ChoiceResult | None = None
     settled: Settled | None = None
+    cache: CacheNote = field(default_factory=CacheNote)
 
     def note(self, event: Event) -> None:
         match event:
@@ -62,6 +73,9 @@ class LineAnswer:
                 self.settled = event
             case Replayed(job_id):
                 self.job_id, self.is_replay = job_id, True
+                self.cache.note(event)
+            case CacheHit() | CachePassed():
+                self.job_id = self.cache.note(event) or self.job_id
             case _:
                 pass  # texts, and how far it was
 
@@ -91,6 +105,7 @@ class LineAnswer:
             "x-archipelag-island": self.island,
             "x-archipelag-route": self.island,
             "server-timing": timing,
+            **self.cache.headers(),
             **({"x-archipelag-replayed": "true"} if self.is_replay else {}),
         }
 
@@ -101,8 +116,7 @@ class LineAnswer:
         metadata: dict[str, Any] = {
             "job_id": self.job_id,
             "price": format_credits(price),
-            "cache_hit": False,
-            "cache_strategy": None,
+            **self.cache.metadata(),
         }
         if self.explain and self.settled is not None and self.settled.placement:
             metadata["placement"] = json.loads(self.settled.placement)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hmac
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from aiohttp import web
 
+from coordinator.cache.asking import CacheUse, cache_use
 from coordinator.exchange.parsing import parse_bid
 from coordinator.http.errors import ApiError, bad_request, unsupported
 from coordinator.regions import Residency, parse_policy
@@ -35,10 +36,22 @@ class Terms:
     idempotency_key: str = ""
     fingerprint: str = ""
     is_retry: bool = False
+    cache: CacheUse = field(default_factory=CacheUse)
 
 
 def read_terms(request: web.Request, raw: bytes, body: Mapping[str, Any], account: str, secret: bytes) -> Terms:
     """Of a request's body and headers. ``secret`` keys the fingerprint, so that it says nothing about the prompt. Raises ApiError 400."""
+    return replace(
+        body_terms(body),
+        idempotency_key=_idempotency_key(request.headers.get("Idempotency-Key", "")),
+        fingerprint=_fingerprint(secret, account, request.path, raw),
+        is_retry=_is_retry(request.headers.get(RETRY_HEADER, "")),
+        cache=cache_use(request.headers.getall("Cache-Control", ())),
+    )
+
+
+def body_terms(body: Mapping[str, Any]) -> Terms:
+    """What a body alone says. Raises ApiError 400."""
     bid = _bid(body.get("bid_price"))
     quote_id = _quote(body.get("quote"))
     if bid is not None and quote_id:
@@ -53,9 +66,6 @@ def read_terms(request: web.Request, raw: bytes, body: Mapping[str, Any], accoun
         policy_text=policy_text,
         quote_id=quote_id,
         explain=read_flag(body.get("explain"), "explain"),
-        idempotency_key=_idempotency_key(request.headers.get("Idempotency-Key", "")),
-        fingerprint=_fingerprint(secret, account, request.path, raw),
-        is_retry=_is_retry(request.headers.get(RETRY_HEADER, "")),
     )
 
 

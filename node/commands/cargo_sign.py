@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from node.commands.cache import policy_text
 from node.commands.common import add_data_dir, data_home
 from node.settings import defaults, settle
 from protocol import limits
@@ -172,6 +173,7 @@ def _rows(manifest: Any) -> list[tuple[str, str]]:
         ("ask", f"{format_ask(manifest.ask)} credits (per job + per 1,000 output tokens + per second)"),
         ("trust level", str(manifest.trust_level)),
         ("needs", f"{needs.memory_bytes / 2**20:,.0f} MB, {needs.time_s} s, {needs.cpu_threads} CPU threads"),
+        ("cache", policy_text(manifest.cache)),
         ("published", _date(manifest.published_at_ms)),
         ("expires", _date(manifest.expires_at_ms) if manifest.expires_at_ms else "never"),
     ]

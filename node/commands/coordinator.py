@@ -14,16 +14,18 @@ from pathlib import Path
 
 import trio
 
+from coordinator.cache.policy import CacheConfig
 from node import VERSION, logs
 from node.commands.common import add_data_dir, add_logging, add_network, checked, parse_count, settled
 from node.ready import check_ready_file
-from node.settings import defaults, parse_bytes, parse_host_port
+from node.settings import CACHE_MODEL_DEFAULT, defaults, parse_bytes, parse_host_port, parse_similarity, parse_switch
 from protocol import limits
 from protocol.activations import Activations
 from protocol.errors import ConfigError
 from protocol.shards import ShardManifest, manifest_from_json
 
 HELP = "run a Coordinator: the OpenAI-compatible API and the matching"
+_CACHE = CacheConfig()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"largest request body (default: {limits.BODY_BYTES_MAX}; at most {limits.JOB_INPUT_BYTES_MAX})",
     )
     _add_work_arguments(parser)
+    _add_file_arguments(parser)
+    _add_cache_arguments(parser)
     add_network(parser, "/ip4/0.0.0.0/tcp/4001")
     add_logging(parser)
 
@@ -117,6 +121,77 @@ def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_file_arguments(parser: argparse.ArgumentParser) -> None:
+    """Files that accounts send, and those that batches write."""
+    parser.add_argument(
+        "--file-limit", type=checked(parse_bytes), metavar="BYTES", help=f"largest file (default: {limits.FILE_BYTES_MAX})"
+    )
+    parser.add_argument(
+        "--storage-limit",
+        type=checked(parse_bytes),
+        metavar="BYTES",
+        help=f"all files of an account together (default: {limits.FILES_BYTES_MAX})",
+    )
+    parser.add_argument(
+        "--file-retention",
+        type=checked(parse_count),
+        metavar="SECONDS",
+        help=f"how long files are kept, sealed, unless they say less (default: {limits.FILE_RETENTION_S:.0f})",
+    )
+
+
+def _add_cache_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the cache of answers; what a Cargo's manifest says, or ``archipelag-node cache policy``, comes before."""
+    parser.add_argument(
+        "--cache", type=checked(parse_switch), metavar="on|off", help="answer from the cache what was answered before (default: on)"
+    )
+    parser.add_argument(
+        "--cache-ttl",
+        type=checked(parse_count),
+        metavar="SECONDS",
+        help=f"how long answers of Cargos without a manifest are kept (default: {_CACHE.ttl_s})",
+    )
+    parser.add_argument(
+        "--cache-entries", type=checked(parse_count), metavar="N", help=f"answers in the cache at most (default: {_CACHE.entries_max:,})"
+    )
+    parser.add_argument(
+        "--cache-similarity",
+        type=checked(parse_similarity),
+        metavar="S",
+        help="how alike two questions to a Cargo without a manifest have to be for one to get the other's answer "
+        f"(default: {_CACHE.similarity_milli / 1000:g}; 1: only equal ones)",
+    )
+    parser.add_argument(
+        "--cache-model",
+        metavar="NAME|off",
+        help=f"Cargo whose vectors say which questions are alike (default: {CACHE_MODEL_DEFAULT}); off: only equal ones are",
+    )
+
+
+def _cache(settings: argparse.Namespace) -> CacheConfig:
+    """Raises ConfigError that names the flag."""
+    if not 1 <= settings.cache_ttl <= limits.CARGO_CACHE_TTL_S_MAX:
+        raise ConfigError(f"--cache-ttl takes 1 to {limits.CARGO_CACHE_TTL_S_MAX} seconds; --cache off keeps no answers")
+    if settings.cache_entries < 1:
+        raise ConfigError("--cache-entries takes at least 1; --cache off keeps no answers")
+    return CacheConfig(
+        enabled=settings.cache,
+        ttl_s=settings.cache_ttl,
+        entries_max=settings.cache_entries,
+        similarity_milli=settings.cache_similarity,
+    )
+
+
+def _cache_model(settings: argparse.Namespace) -> str:
+    """Empty where no vectors are wanted. Raises ConfigError."""
+    if settings.cache_model == "off" or not settings.cache:
+        return ""
+    from node.answer_embedder import check_model
+
+    check_model(settings.cache_model)
+    return str(settings.cache_model)
+
+
 def _manifests(files: list[str]) -> dict[str, ShardManifest]:
     """Of the catalogue and of these files, by the model's name. Raises ConfigError."""
     from runtimes.manifests import catalogue_manifests
@@ -151,8 +226,16 @@ def run(arguments: argparse.Namespace) -> int:
         job_timeout=limits.JOB_TIMEOUT_S,
         retry_window=limits.RETRY_WINDOW_S,
         result_retention=limits.RESULT_RETENTION_S,
+        file_limit=limits.FILE_BYTES_MAX,
+        storage_limit=limits.FILES_BYTES_MAX,
+        file_retention=limits.FILE_RETENTION_S,
         require_approval=False,
         review_cargos=False,
+        cache=_CACHE.enabled,
+        cache_ttl=_CACHE.ttl_s,
+        cache_entries=_CACHE.entries_max,
+        cache_similarity=_CACHE.similarity_milli,
+        cache_model=CACHE_MODEL_DEFAULT,
     )
     if not 0 < settings.body_limit <= limits.JOB_INPUT_BYTES_MAX:
         raise ConfigError(f"--body-limit takes 1 to {limits.JOB_INPUT_BYTES_MAX} bytes")
@@ -162,7 +245,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--network-of needs --database-url: the Coordinators of a network keep their books in one PostgreSQL")
     check_ready_file(settings.ready_file)
     logs.setup(settings.log_json, settings.log_level)
-    from coordinator.config import CoordinatorConfig
+    from coordinator.config import CoordinatorConfig, FileLimits
     from node.coordinator_role import CoordinatorRole, run_coordinator
     from node.database import database_url
 
@@ -182,6 +265,8 @@ def run(arguments: argparse.Namespace) -> int:
         result_retention_s=settings.result_retention,
         require_approval=settings.require_approval,
         auto_approve_cargos=not settings.review_cargos,
+        cache=_cache(settings),
+        files=FileLimits(settings.file_limit, settings.storage_limit, retention_s=settings.file_retention),
         version=VERSION,
     )
     role = CoordinatorRole(
@@ -193,6 +278,7 @@ def run(arguments: argparse.Namespace) -> int:
         ready_file=settings.ready_file,
         manifests=_manifests(settings.manifest),
         network_of=settings.network_of,
+        cache_model=_cache_model(settings),
     )
     trio.run(run_coordinator, role)
     return 0

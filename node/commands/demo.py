@@ -1,5 +1,5 @@
 """Show the whole network on this machine: a Coordinator, two Islands with a real language model, and one answer, token by token;
-then vectors of sentences and, where torch is installed, a picture.
+then the same question from the cache of answers, vectors of sentences and, where torch is installed, a picture.
 
 The first run downloads the models (120 MB). Afterwards it prints the base URL, a key and a curl line and stays up until Ctrl-C;
 --once ends after the answer.

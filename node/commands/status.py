@@ -32,6 +32,7 @@ def _lines(status: dict[str, Any]) -> list[str]:
         lines += [f"islands    {status['islands']}"]
         for pipeline in status["pipelines"]:
             lines += _pipeline(pipeline)
+        lines += [f"alike      {_pairs(status['cache_model'])}"] if status["cache_model"] else []
         return [*lines, f"host       {_pairs(status['host'])}"]
     if status["role"] == "bridge":
         lines += [f"joined     {status['coordinator'] or '-'}", f"jobs       {_pairs(status['jobs'])}"]

@@ -24,6 +24,7 @@ from coordinator.books.jobs import Job
 from coordinator.books.ledger import BALANCES, Move, TransferKind, user
 from coordinator.books.stored import Loaded, Stored
 from coordinator.books.writer import Pending
+from coordinator.cache.service import Embedding
 from coordinator.config import CoordinatorConfig
 from coordinator.keys import ACCOUNT_DEFAULT, create_key
 from coordinator.server import open_coordinator
@@ -31,7 +32,7 @@ from privacy.keys import NodeKey
 from protocol import limits
 from protocol.shards import ShardManifest
 from tests.coordinator.clients import HELLO, http, lines_of
-from tests.coordinator.fakes import COORDINATOR, NETWORK, FakeIsland, FakePort, Running
+from tests.coordinator.fakes import COORDINATOR, NETWORK, NO_CACHE, FakeIsland, FakePort, Running
 
 OTHER = NodeKey(bytes([8]) * 32)  # a second Coordinator
 CREDIT = limits.CREDIT_MICROS
@@ -68,13 +69,15 @@ async def opened(
     key: NodeKey = COORDINATOR,
     api_key: str = "",
     manifests: dict[str, ShardManifest] | None = None,
+    embedding: Embedding | None = None,
     **settings: Any,
 ) -> AsyncIterator[Running]:
-    """A Coordinator of its own identity; with another one's ``api_key``, or a new one. Its books have to add up at the end."""
+    """A Coordinator of its own identity; with another one's ``api_key``, or a new one; without a cache of answers unless the settings have
+    one. Its books have to add up at the end."""
     port = FakePort(*islands, key=key)
     api_key = api_key or create_key(database_url)
-    config = CoordinatorConfig(database_url=database_url, **settings)
-    async with open_coordinator(config, port, key, NETWORK, SALT, dict, manifests) as server:
+    config = CoordinatorConfig(database_url=database_url, **{"cache": NO_CACHE, **settings})
+    async with open_coordinator(config, port, key, NETWORK, SALT, dict, manifests, embedding=embedding) as server:
         yield Running(server, port, api_key, database_url)
         assert await complaints(server.books) == []
 

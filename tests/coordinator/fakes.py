@@ -15,6 +15,8 @@ from typing import Any
 import trio
 
 from coordinator.affinity import Affinity
+from coordinator.cache.policy import CacheConfig
+from coordinator.cache.service import Embedding
 from coordinator.config import CoordinatorConfig
 from coordinator.dispatch import Dispatcher
 from coordinator.jobs import ChoiceResult, Event, JobSpec, Text
@@ -52,6 +54,7 @@ NETWORK = "0123456789abcdef0123456789abcdef"
 COORDINATOR = NodeKey(bytes([9]) * 32)
 HASH_A, HASH_B, HASH_BIG = "aa" * 32, "bb" * 32, "cc" * 32
 WIRE_US = 500
+NO_CACHE = CacheConfig(enabled=False)
 COMPUTE_MS = 3  # of every job, as receipts say
 
 
@@ -611,13 +614,20 @@ class Running:
 
 @asynccontextmanager
 async def coordinator(
-    folder: Path, *islands: FakeIsland, manifests: dict[str, ShardManifest] | None = None, **settings: Any
+    folder: Path,
+    *islands: FakeIsland,
+    manifests: dict[str, ShardManifest] | None = None,
+    embedding: Embedding | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Running]:
+    """Without a cache of answers unless the settings have one, since most tests count the jobs of equal questions."""
     folder.mkdir(exist_ok=True)
     url = database_url_of(folder)
     key = create_key(url)
     port = FakePort(*islands)
-    config = CoordinatorConfig(database_url=url, **settings)
+    config = CoordinatorConfig(database_url=url, **{"cache": NO_CACHE, **settings})
     well_known = {"peer_id": "x"}
-    async with open_coordinator(config, port, COORDINATOR, NETWORK, bytes(32), lambda: well_known, manifests) as server:
+    async with open_coordinator(
+        config, port, COORDINATOR, NETWORK, bytes(32), lambda: well_known, manifests, embedding=embedding
+    ) as server:
         yield Running(server, port, key, url)

@@ -39,7 +39,7 @@ async def test_all_routes_stand_on_the_page_and_no_other(tmp_path: Path) -> None
         }
     written = set(_ROUTE.findall(PAGE))
     openai = {(method, path) for method, path in written if path.startswith("/v1/")}
-    assert len(openai) == 7
+    assert len(openai) == 16
     assert served == written | {(method, f"/api{path}") for method, path in openai}
 
 

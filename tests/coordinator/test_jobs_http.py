@@ -83,6 +83,8 @@ async def test_a_job_from_beginning_to_end(database_url: str) -> None:
             "bid_source": "explicit",
             "price": format_credits(PRICE),
             "refunded": None,
+            "cache_hit": False,
+            "cache_strategy": None,
             "waiting_for": None,
             "island": one.peer,
             "region": "de-berlin",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -25,6 +26,8 @@ from runtimes.base import Loaded
 from runtimes.echo import EchoCargo
 
 BOOT = 1_000
+# Coordinators that tests start load no embedding model beside them, which takes a second of a core, unless a test says so.
+os.environ.setdefault("ARCHIPELAG_CACHE_MODEL", "off")
 
 
 def now_ms() -> int:

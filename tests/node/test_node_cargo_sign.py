@@ -15,7 +15,7 @@ from node.cargo_folder import CARGO_FILE, read_folder
 from node.cli import EXIT_CONFIG, main
 from node.datadir import DataDir
 from protocol.blobs import tree_of
-from protocol.cargos import CargoManifest, Runtime, read_cargo, read_manifest, sign_cargo
+from protocol.cargos import CachePolicy, CargoManifest, Runtime, read_cargo, read_manifest, sign_cargo
 from protocol.errors import ConfigError
 from protocol.prices import Ask
 from runtimes.catalogue import CATALOGUE
@@ -81,6 +81,26 @@ def test_from_a_folder_to_a_signed_cargo(
     assert file.root == tree_of([CONTENT]).root()
     assert all(text in told for text in ("text-stats 0.1.0", key.peer_id, "0.001+0+0", file.sha256, f"root {file.root}", "never"))
     assert run("show", "text-stats/text-stats-0.1.0.manifest") == 0 and capsys.readouterr().out == told
+
+
+def test_what_a_folder_says_of_the_cache(run: Run, signed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Answers are kept unless it is said, and never for others unless it is said."""
+    assert read_cargo(signed.read_bytes()).manifest.cache == CachePolicy() == CachePolicy(True, 3600, 850, False)
+    assert run("show", str(signed)) == 0
+    assert "for 3600 s, for questions alike from 0.85 on, for the account that asked only" in capsys.readouterr().out
+    manifest, toml = Path("text-stats/text-stats-0.1.0.manifest"), Path("text-stats/cargo.toml")
+    whole = toml.read_text()
+    tables = {
+        "[cache]\nttl_s = 60\npublic = true": (CachePolicy(ttl_s=60, public=True), "for everybody"),
+        "[cache]\nenabled = false": (CachePolicy(enabled=False), "no answers are kept"),
+        "[cache]\nsimilarity_milli = 1000": (CachePolicy(similarity_milli=1000), "equal questions only"),
+        "": (CachePolicy(), "0.85"),
+    }
+    for table, (policy, words) in tables.items():
+        manifest.unlink()
+        toml.write_text(whole.partition("[cache]")[0] + table)
+        assert run("build", "text-stats") == 0 and read_manifest(manifest.read_bytes()).cache == policy
+        assert run("show", str(manifest)) == 0 and words in capsys.readouterr().out
 
 
 def test_every_runtime_has_a_template(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,7 +235,12 @@ BAD: list[tuple[str, str, str]] = [
     ("memory_mb = 256", "memory_mb = -1", "memory_mb"),
     ("memory_mb = 256", "memory_gb = 1", "memory_gb"),
     ("time_s = 60", "time_s = 601", "time_s"),
-    ("enabled = false", 'enabled = "no"', "cache"),
+    ("enabled = true", 'enabled = "no"', "cache"),
+    ("public = false", 'public = "no"', "cache"),
+    ("public = false", "shared = true", "cache"),
+    ("similarity_milli = 850", "similarity_milli = 1001", "similarity_milli"),
+    ("similarity_milli = 850", "similarity_milli = 0.85", "similarity_milli"),
+    ("ttl_s = 3600", "ttl_s = 0", "ttl_s"),
     ("[options]", "[options]\nx = inf", "JSON"),
     ("[options]", "[options]\nx = 2020-01-01", "JSON"),
     ("sources = []", 'sources = ["file:/etc/passwd"]', "source"),

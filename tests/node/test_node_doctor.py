@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from node import doctor
+from node import answer_embedder, doctor
 from node.gpus import GpuReport, detect_gpus
 from protocol.ads import Gpu
 from runtimes.container.engines import EngineSearch
 from runtimes.sandbox.probe import Level, Sandbox
+from runtimes.store import ModelStore
 
 
 def test_this_machine_can_run_an_island(tmp_path: Path) -> None:
@@ -60,6 +61,19 @@ def test_the_hint_for_a_gpu_that_this_build_cannot_use(monkeypatch: pytest.Monke
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else None)
     (found,) = doctor._gpus(GpuReport(offload=False))
     assert "make setup GPU=cuda" in found.advice
+
+
+def test_whether_alike_questions_are_found_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("minilm-l6-v2", "minilm-l6-v2-tokenizer"):
+        ModelStore().fetch(name)
+    (found,) = doctor._alike()
+    assert found.state == "ok" and "in the model cache" in found.what
+    monkeypatch.setenv("ARCHIPELAG_CACHE_DIR", str(tmp_path))
+    (found,) = doctor._alike()
+    assert found.state == "ok" and "fetches minilm-l6-v2 first, 23 MB" in found.what
+    monkeypatch.setattr(answer_embedder, "missing_modules", lambda: ["onnxruntime"])
+    (found,) = doctor._alike()
+    assert found.state == "note" and "onnxruntime is not installed" in found.what and "archipelag[onnx]" in found.advice
 
 
 def test_runtimes_that_are_missing_say_what_brings_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def test_defaults_keep_what_was_set() -> None:
 
 
 def test_every_command_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("start", "coordinator", "demo", "keys", "status", "peers", "doctor"):
+    for command in ("start", "coordinator", "demo", "keys", "cache", "status", "peers", "doctor"):
         with pytest.raises(SystemExit) as stop:
             build_parser().parse_args([command, "--help"])
         assert stop.value.code == 0

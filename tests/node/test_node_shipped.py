@@ -161,3 +161,10 @@ def test_at_least_thirty_ship() -> None:
     assert {cargo_name(module) for module in modules.pins()} < set(names)
     assert {known(name).manifest.runtime for name in names} == set(Runtime)
     assert shipped("no-such-cargo") is None
+
+
+def test_answers_that_are_not_to_come_again_are_not_kept() -> None:
+    """And nobody is told what another account has asked."""
+    policies = {name: one.manifest.cache for name in shipped_names() if (one := shipped(name)) is not None}
+    assert sorted(name for name, policy in policies.items() if not policy.enabled) == ["shapes", "uuid"]
+    assert not any(policy.public for policy in policies.values())

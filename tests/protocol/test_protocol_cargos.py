@@ -79,7 +79,7 @@ CHANGED: dict[str, Any] = {
     "options": '{"a":1}',
     "input_schema": "{}",
     "output_schema": '{"type":"object"}',
-    "cache": CachePolicy(enabled=True),
+    "cache": CachePolicy(public=True),
     "published_at_ms": NOW_MS + 1,
     "expires_at_ms": 0,
 }

@@ -49,6 +49,9 @@ guidance = {{ type = "number", minimum = 0, maximum = 50 }}
 seed = {{ type = "integer", minimum = 0 }}
 output_format = {{ type = "string", enum = ["png", "jpeg", "webp"] }}
 
+[cache]
+enabled = false  # the same prompt again asks for another picture
+
 """
 
 

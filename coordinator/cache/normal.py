@@ -1,0 +1,284 @@
+"""A question as the cache reads it: for the exact key, for the semantic step, and for the index of words.
+
+``normalise`` makes equal what is written carelessly, and nothing that could be meant differently: the exact key is made of it, so two texts
+that are equal afterwards get one answer without any further look. ``core`` takes off what is said to be polite or by habit; it is what is
+embedded, and what the guards read. ``content_words`` are the stems by which candidates are found. All three are pure and know English; of
+other languages only white space, case and punctuation are touched.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from coordinator.cache import guard_words as words
+from coordinator.cache.guard_filler import Stripped, inner_filler_off, outer_filler_off
+
+_FENCE = r"```.*?```|~~~.*?~~~"
+_SPANS = re.compile(rf"{_FENCE}|`[^`\n]+`|\"[^\"]+\"|«[^«»]+»|„[^„“”]+[“”]|“[^“”]+”|‘[^‘’]+’(?!\w)|(?<!\w)'[^'\n]+'(?!\w)", re.DOTALL)
+# A line of a program, a list, a table or a quotation; where it breaks matters.
+_SHAPED_LINE = re.compile(
+    r"^(?:[ \t]+\S|\s*(?:[-*+•|#>$]|\d+[.)])\s?\S|.*[;{}]\s*$|\s*(?:def|class|import|from|SELECT|for|if|return)\b.*[:(,;]\s*$)"
+)
+_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+_SENTENCE_END = re.compile(r"[.?!:;]['\")\]]*\s*$")
+_PLACE_FIRST = 0xE100  # private use: stands for a span while the words round it are read
+_SPANS_MAX = 200
+QUESTION_CHARS_MAX = 2_000  # a longer one carries a text of its own, and the model that embeds it reads its beginning only
+_LOOK_BACK_CHARS = 8
+_FOREIGN_WORDS_MIN = 2  # of the commonest words of a language, in a text of plain Latin letters
+_CAPS_WORDS_MIN = 3  # fewer words, all capital: an acronym rather than a raised voice
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """``bare``: the text without politeness, one character for each of ``spans`` (code and quotations as written). ``language``: of
+    ISO 639-1, or a script's name. ``is_literal``: nothing but case and space may differ, as the text is about words, holds a payload, or
+    is not English. ``asks_indirectly``: what was taken off asked for it ("tell me what the time is")."""
+
+    bare: str
+    spans: tuple[str, ...]
+    language: str
+    is_literal: bool
+    asks_indirectly: bool
+
+
+def normalise(text: str) -> str:
+    """The text of the exact key: NFC, white space collapsed, small letters, but for what may carry meaning: code and quotations stay as
+    they are, so does a text whose lines have a shape; words of mixed case, all-capital words in a text that is not, single capitals and
+    words that mean something else with a capital keep theirs."""
+    text = unicodedata.normalize("NFC", text).strip()
+    if is_shaped(text):
+        return text
+    shouts = is_shouted(text)
+    pieces: list[str] = []
+    end = 0
+    for match in _SPANS.finditer(text):
+        pieces += [_folded(text[end : match.start()], _last_sign(text, end), shouts), match[0]]
+        end = match.end()
+    pieces.append(_folded(text[end:], _last_sign(text, end), shouts))
+    return unicodedata.normalize("NFC", "".join(pieces))
+
+
+def _last_sign(text: str, at: int) -> str:
+    """The quotation mark that ends there: what follows begins no sentence."""
+    return text[at - 1 : at]
+
+
+def is_shaped(text: str) -> bool:
+    """Whether line breaks or indents seem to mean something."""
+    lines = text.splitlines()
+    return len(lines) > 1 and any(_SHAPED_LINE.match(line) for line in lines)
+
+
+def is_shouted(text: str) -> bool:
+    """All in capitals, and long enough to be read as a habit rather than an acronym."""
+    return text == text.upper() and len(_WORD.findall(text)) >= _CAPS_WORDS_MIN
+
+
+def _folded(piece: str, before: str, shouts: bool) -> str:
+    text = before + re.sub(r"\s+", " ", piece)
+    return _WORD.sub(lambda match: folded_word(match[0], starts_sentence(text, match.start()), shouts), text)[len(before) :]
+
+
+def starts_sentence(text: str, at: int) -> bool:
+    """Whether a word at this place begins a sentence, as far as the signs before it tell."""
+    before = text[max(0, at - _LOOK_BACK_CHARS) : at]
+    return not before.strip() or _SENTENCE_END.search(before) is not None
+
+
+def folded_word(word: str, is_first: bool, shouts: bool) -> str:
+    """A word in small letters, unless its capitals may mean something. Not ``casefold``: that makes Masse of Maße."""
+    small = word.lower()
+    if shouts or word == small:
+        return small
+    if len(word) == 1:
+        return small if is_first or word == "I" else word
+    if word[1:] != word[1:].lower():  # USA, iPhone, getValue, McDonald
+        return word
+    return word if small in words.CAPITONYMS and not is_first else small
+
+
+def parts(text: str) -> Parts:
+    """What the text consists of, politeness taken off; never empty if the text is not. One that is too long is left as it is."""
+    if len(text) > QUESTION_CHARS_MAX:
+        return Parts(text, (), "", True, False)
+    text = unicodedata.normalize("NFC", text).strip().replace("’", "'")
+    spans: list[str] = []
+
+    def place(match: re.Match[str]) -> str:
+        spans.append(_plain_quotes(match[0]))
+        return f" {chr(_PLACE_FIRST + len(spans) - 1)} " if match[0].startswith(("```", "~~~")) else chr(_PLACE_FIRST + len(spans) - 1)
+
+    is_odd = is_shaped(text) or any(unicodedata.category(sign) in ("Co", "Cc") and sign not in "\n\t\r" for sign in text)
+    if is_odd or len(_SPANS.findall(text)) > _SPANS_MAX:
+        return Parts(text, (), language(text), True, False)
+    text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", _SPANS.sub(place, text)))  # no pattern walks over long gaps
+    tongue = language(text)
+    stripped = outer_filler_off(text) if tongue == "en" else Stripped(text, False)
+    lines = stripped.text.splitlines()
+    is_literal = tongue != "en" or len(lines) > 1 or is_about_words(stripped.text)
+    bare = stripped.text if is_literal else re.sub(r"\s+", " ", inner_filler_off(stripped.text))
+    return Parts(bare.strip() or text, tuple(spans), tongue, is_literal, stripped.asks)
+
+
+def _plain_quotes(span: str) -> str:
+    """Quotation marks of one kind, as they differ by keyboard."""
+    return f'"{span[1:-1]}"' if span[0] in "\"'«„“‘" else span
+
+
+_ABOUT_WORDS = re.compile(
+    r"\b(?:say|says|saying|words?|phrases?|spell|spelled|spelling|spelt|means?|meaning|pronounc\w+|defin(?:e|ition)|synonyms?|antonyms?|rhymes?|"
+    r"translat\w+|rewrite|rephrase|paraphrase|proofread|grammar|grammatical\w*|sentence|lyrics|differences?|differ|versus|vs|compare|opposite|"
+    r"abbreviation|acronym|stands? for)\b|:\s+\S+\s+\S",
+    re.IGNORECASE,
+)
+
+
+def is_about_words(text: str) -> bool:
+    """Whether it asks about a word or a wording, or has a payload after a colon: then "begin" and "start" are two things."""
+    return _ABOUT_WORDS.search(text) is not None
+
+
+_SCRIPTS = tuple("CYRILLIC GREEK ARABIC HEBREW DEVANAGARI HANGUL HIRAGANA KATAKANA CJK THAI BENGALI TAMIL ARMENIAN".split())
+
+
+def language(text: str) -> str:
+    """``en``, or another language by its commonest words, or a script's name; English where nothing speaks against it."""
+    foreign = [sign for sign in text if sign > "\u024f" and sign.isalpha()]
+    for script in _SCRIPTS if foreign else ():
+        if any(unicodedata.name(sign, "").startswith(script) for sign in foreign[:50]):
+            return script.lower()
+    said = [word.lower() for word in _WORD.findall(text)]
+    counts = {name: sum(word in common and word not in words.ENGLISH for word in said) for name, common in words.FOREIGN.items()}
+    best = max(counts, key=lambda name: counts[name])
+    enough = 1 if any(sign > "\x7f" and sign.isalpha() for sign in text) else _FOREIGN_WORDS_MIN
+    return best if counts[best] >= max(enough, 1 + sum(word in words.ENGLISH for word in said)) else "en"
+
+
+# -- words one by one
+
+_ISE = re.compile(r"^([a-z]{4,})(is)(e|es|ed|ing|ation|ations|er|ers)$")
+
+
+def spelt(word: str) -> str:
+    """A small-letter word as American English spells it, mended and without contraction; may become two words."""
+    word = words.MISSPELLINGS.get(word, word)
+    word = words.CONTRACTIONS.get(word, word)
+    word = words.SPELLINGS.get(word, word)
+    found = _ISE.match(word)
+    return f"{found[1]}iz{found[3]}" if found else word
+
+
+def core(text: str) -> str:
+    """What is left of a question when politeness, greetings, filler and spelling are off: the text that is embedded. Code and quotations
+    are in it as written."""
+    read = parts(text)
+    bare = read.bare if read.is_literal else respelt(read.bare)
+    for number, span in enumerate(read.spans):
+        bare = bare.replace(chr(_PLACE_FIRST + number), span)
+    return bare.rstrip(" ,;:-") or bare
+
+
+def respelt(text: str) -> str:
+    """Each word in one spelling, numbers in digits; case stays where the word does."""
+    pieces: list[str] = []
+    end = 0
+    for match in _WORD.finditer(text):
+        pieces.append(text[end : match.start()])
+        small = match[0].lower()
+        better = spelt(small)
+        pieces.append(match[0] if better == small else better)
+        end = match.end()
+    return in_digits("".join([*pieces, text[end:]]))
+
+
+_NUMBER_WORD = "|".join([*words.CARDINALS, *words.SCALES])
+_NUMBER_RUN = re.compile(rf"\b(?:{_NUMBER_WORD})(?:(?:\s+and)?[\s-]+(?:{_NUMBER_WORD}))*\b", re.IGNORECASE)
+_ORDINAL = re.compile(rf"\b(?:{'|'.join(words.ORDINALS)})\b", re.IGNORECASE)
+
+
+def in_digits(text: str) -> str:
+    """Number words as digits: "twenty five" is 25, "third" is 3rd. "second" stays, for it may be of time."""
+    text = _NUMBER_RUN.sub(lambda match: " ".join(str(number) for number in _numbers(match[0])), text)
+    return _ORDINAL.sub(lambda match: words.ORDINALS[match[0].lower()], text)
+
+
+def _numbers(run: str) -> Iterator[int]:
+    """The numbers that a run of number words says: one, or several that only stand side by side."""
+    total, current, last = 0, -1, 0
+    for word in re.findall(r"[a-z]+", run.lower()):
+        if word == "and":
+            continue
+        if word in words.SCALES:
+            scale = words.SCALES[word]
+            if scale >= 1000:
+                total, current = total + max(current, 1) * scale, -1
+            else:
+                current = max(current, 1) * scale
+            last = scale
+            continue
+        value = words.CARDINALS[word]
+        fits = current < 0 or (last >= 100) or (20 <= last < 100 and 0 < value < 10)
+        if not fits:
+            yield total + current
+            total, current = 0, -1
+        current = value if current < 0 else current + value
+        last = value
+    yield total + max(current, 0)
+
+
+# -- the index
+
+def _verb_forms(verb: str) -> tuple[str, ...]:
+    """Base, third person, participle, past; as the rule makes them."""
+    if verb in ("begin", "shut", "permit", "occur"):
+        stem = verb + verb[-1]
+        return verb, verb + "s", stem + "ing", stem + "ed"
+    stem = verb.removesuffix("e")
+    return verb, verb + "s", stem + "ing", stem + "ed"
+
+
+def _noun_forms(noun: str) -> tuple[str, ...]:
+    return noun, noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+
+
+def _synonyms() -> dict[str, str]:
+    table: dict[str, str] = {}
+    for forms, rows in ((_verb_forms, words.VERB_SYNONYMS), (_noun_forms, words.NOUN_SYNONYMS)):
+        for row in rows:
+            first, *others = row.split()
+            for other in others:
+                table |= dict(zip(forms(other), forms(first), strict=True))
+    for row in words.OTHER_SYNONYMS:
+        first, *others = row.split()
+        table |= dict.fromkeys(others, first)
+    return table
+
+
+SYNONYMS = _synonyms()
+
+
+def stem(word: str) -> str:
+    """A rough stem: enough to find candidates by, not enough to call two words one."""
+    word = SYNONYMS.get(words.IRREGULAR_PLURALS.get(word, word), word)
+    word = words.IRREGULAR_PLURALS.get(word, word)
+    for ending in ("ations", "ation", "ingly", "edly", "ings", "ing", "ied", "ies", "ed", "ly", "es", "s"):
+        if word.endswith(ending) and len(word) - len(ending) >= 3 and not word.endswith("ss"):
+            word = word.removesuffix(ending) + ("y" if ending in ("ied", "ies") else "")
+            break
+    if len(word) > 3 and word[-1] == word[-2] and word[-1] not in "aeiouls":
+        word = word[:-1]
+    return word.removesuffix("e") if len(word) > 3 else word
+
+
+def content_words(text: str) -> tuple[str, ...]:
+    """The different stems of a core that tell it from others, in their order; stop words too where there is nothing else. None of a text
+    that is too long to be compared with others."""
+    if len(text) > QUESTION_CHARS_MAX:
+        return ()
+    said = [match.lower() for match in re.findall(r"[^\W_]+(?:['’][^\W\d_]+)*", text)]
+    kept = [word for word in said if word not in words.STOP_WORDS]
+    return tuple(dict.fromkeys(stem(word) for word in kept or said))

@@ -1,0 +1,175 @@
+"""The exact key's text, the core of a question, and the words by which candidates are found."""
+
+from __future__ import annotations
+
+import random
+import time
+import unicodedata
+
+import pytest
+
+from coordinator.cache.normal import QUESTION_CHARS_MAX, content_words, core, in_digits, language, normalise, parts
+
+SAME_KEY = (
+    ("Hello   World", "hello world"),
+    ("  What is\tTHE\ntime? ", "what is THE time?"),
+    ("HOW DO I COOK RICE", "how do i cook rice"),
+    ("Cafe\u0301 hours", "café hours"),
+    ("Paris in Winter", "paris in winter"),
+    ("Polish shoes how", "polish shoes how"),  # at the beginning nobody can tell
+)
+OTHER_KEY = (
+    ("tell us about it", "tell US about it"),
+    ("is it fast", "is IT fast"),
+    ("what is Polish food", "what is polish food"),
+    ("how long is March", "how long is march"),
+    ("what is a Turkey", "what is a turkey"),
+    ("call getValue", "call getvalue"),
+    ("what is G", "what is g"),
+    ("translate 'Good  Day'", "translate 'good day'"),
+    ('say "Yes"', 'say "yes"'),
+    ("run `ls -L`", "run `ls -l`"),
+    ("run `a  b`", "run `a b`"),
+    ("Masse", "Maße"),
+    ("you did it?", "you did it."),
+    ("def f():\n    return 1", "def f():\nreturn 1"),
+    ("print:\n- A\n- b", "print:\n- a\n- b"),
+    ("```\nX = 1\n```", "```\nx = 1\n```"),
+)
+
+
+@pytest.mark.parametrize(("one", "other"), SAME_KEY)
+def test_careless_writing_has_the_same_key(one: str, other: str) -> None:
+    assert normalise(one) == normalise(other)
+
+
+@pytest.mark.parametrize(("one", "other"), OTHER_KEY)
+def test_what_may_carry_meaning_stays_in_the_key(one: str, other: str) -> None:
+    assert normalise(one) != normalise(other)
+
+
+_SIGNS = [
+    "a",
+    "B",
+    "US",
+    "iPhone",
+    " ",
+    "  ",
+    "\t",
+    "'",
+    '"',
+    "`",
+    "“",
+    "”",
+    "«",
+    "»",
+    "```",
+    ".",
+    "?",
+    "Polish",
+    "é",
+    "e\u0301",
+    "Ω",
+    "İ",
+    "ß",
+    "- ",
+]
+
+
+def test_normalising_twice_changes_nothing_and_loses_no_letter() -> None:
+    rng = random.Random(1)
+    for _ in range(2000):
+        text = "".join(rng.choice(_SIGNS) for _ in range(rng.randrange(30)))
+        once = normalise(text)
+        assert normalise(once) == once
+        assert unicodedata.normalize("NFC", once) == once
+        assert "".join(once.split()).lower() == unicodedata.normalize("NFC", "".join(unicodedata.normalize("NFC", text).split()).lower())
+
+
+CORES = (
+    ("Could you please tell me how I can reset my password? Thanks in advance!", "how I can reset my password?"),
+    ("Hi there, I was wondering if you could tell me what a monad is, thanks", "what a monad is"),
+    ("um, what's the colour of the sky", "what is the color of the sky"),
+    ("Hello! I hope you are well. List twenty-five rivers. Cheers!", "List 25 rivers."),
+    ("Quick question: definately open on Monday?", "definitely open on Monday?"),
+    ("can you write a poem about rain", "write a poem about rain"),
+    ("hello world in python", "hello world in python"),
+    ("how do you say thank you", "how do you say thank you"),
+    ("Translate: hello, thanks", "Translate: hello, thanks"),
+    ("just in time compilation", "just in time compilation"),
+    ('Please explain `x  +  Y` and "The  Who"', 'explain `x  +  Y` and "The  Who"'),
+    ("thanks", "thanks"),
+    ("Wie ist das Wetter, bitte?", "Wie ist das Wetter, bitte?"),
+)
+
+
+@pytest.mark.parametrize(("text", "expected"), CORES)
+def test_the_core_is_what_is_meant(text: str, expected: str) -> None:
+    assert core(text) == expected
+
+
+def test_a_core_of_something_is_something() -> None:
+    rng = random.Random(2)
+    words = "please thanks hi hello um so could you tell me , . ! ? : - just really what is it 'x' `y` sorry".split()
+    for _ in range(2000):
+        text = " ".join(rng.choice(words) for _ in range(1 + rng.randrange(8)))
+        assert core(text).strip()
+
+
+NUMBERS = (
+    ("two hundred and one things", "201 things"),
+    ("ninety nine", "99"),
+    ("three million five hundred thousand", "3500000"),
+    ("nineteen eighty four", "19 84"),
+    ("two three", "2 3"),
+    ("a dozen eggs", "a 12 eggs"),
+    ("the third and the twelfth", "the 3rd and the 12th"),
+    ("wait a second", "wait a second"),
+    ("someone often", "someone often"),
+    ("zero", "0"),
+)
+
+
+@pytest.mark.parametrize(("text", "expected"), NUMBERS)
+def test_number_words_become_digits(text: str, expected: str) -> None:
+    assert in_digits(text) == expected
+
+
+TONGUES = (
+    ("How do I get to Los Angeles?", "en"),
+    ("reset password", "en"),
+    ("Um, is it open?", "en"),
+    ("Wie ändere ich mein Passwort?", "de"),
+    ("Comment est-ce que je change mon mot de passe ?", "fr"),
+    ("¿Cómo cambio mi contraseña?", "es"),
+    ("Как сменить пароль?", "cyrillic"),
+    ("パスワードを変更する", "hiragana"),
+    ("如何更改密码", "cjk"),
+)
+
+
+@pytest.mark.parametrize(("text", "expected"), TONGUES)
+def test_languages_are_told(text: str, expected: str) -> None:
+    assert language(text) == expected
+
+
+def test_other_languages_and_texts_about_words_are_taken_literally() -> None:
+    for text in ("Wie ist das Wetter?", "What is the difference between begin and start?", "Summarize: to be or not", "What does U mean?"):
+        assert parts(text).is_literal
+    assert not parts("How do I begin?").is_literal
+
+
+def test_words_for_the_index_are_stems_without_stop_words() -> None:
+    assert content_words("How do I delete the files?") == content_words("how to remove a file")
+    assert content_words("running the tests") == ("run", "test")
+    assert content_words("who are you") == ("who", "are", "you")  # nothing else is there
+    assert content_words("") == ()
+
+
+def test_a_long_text_is_left_alone_and_quickly() -> None:
+    text = "word " * QUESTION_CHARS_MAX
+    assert core(text) == text.strip() and content_words(text) == ()
+    started_s = time.process_time()
+    for sign in ("“", "```", "`a", "'a ", "a\n", "ABC ", '"a', " ", ";"):
+        normalise(sign * 30_000)
+    assert time.process_time() - started_s < 3  # linear: about 0.2 s
