@@ -81,6 +81,8 @@ class CoordinatorConfig:
                 f"plain HTTP on {self.http_host} would send keys and prompts readable over the network: give --tls-cert and "
                 "--tls-key, listen on 127.0.0.1, or say --insecure-http (behind a proxy that does TLS)"
             )
+        if self.run_retention_s <= 0:
+            raise ConfigError("--run-retention takes seconds, at least 1: a batch or a workflow is what its jobs have said")
         if self.requests_per_minute_per_address < 0:
             raise ConfigError("--address-limit takes a number of requests a minute, or 0 for no limit")
         for proxy in self.trusted_proxies:

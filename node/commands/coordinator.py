@@ -97,6 +97,12 @@ def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"how long the output of a submitted job is kept, sealed (default: {limits.RESULT_RETENTION_S:.0f})",
     )
     parser.add_argument(
+        "--run-retention",
+        type=checked(parse_count),
+        metavar="SECONDS",
+        help=f"how long batches and workflows are kept, sealed, after their end (default: {limits.RUN_RETENTION_S:.0f})",
+    )
+    parser.add_argument(
         "--require-approval",
         action="store_true",
         default=None,
@@ -226,6 +232,7 @@ def run(arguments: argparse.Namespace) -> int:
         job_timeout=limits.JOB_TIMEOUT_S,
         retry_window=limits.RETRY_WINDOW_S,
         result_retention=limits.RESULT_RETENTION_S,
+        run_retention=limits.RUN_RETENTION_S,
         file_limit=limits.FILE_BYTES_MAX,
         storage_limit=limits.FILES_BYTES_MAX,
         file_retention=limits.FILE_RETENTION_S,
@@ -263,6 +270,7 @@ def run(arguments: argparse.Namespace) -> int:
         activations=Activations(settings.activations),
         retry_window_s=settings.retry_window,
         result_retention_s=settings.result_retention,
+        run_retention_s=settings.run_retention,
         require_approval=settings.require_approval,
         auto_approve_cargos=not settings.review_cargos,
         cache=_cache(settings),

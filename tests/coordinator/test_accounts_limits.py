@@ -158,6 +158,11 @@ async def test_guessing_keys_is_slow_and_a_right_key_still_gets_in(tmp_path: Pat
             assert await statuses(client, 6) == [401] * 5 + [429]
 
 
+def test_runs_are_kept_for_some_time() -> None:
+    with pytest.raises(ConfigError, match="--run-retention"):
+        CoordinatorConfig("sqlite://", run_retention_s=0)
+
+
 def test_a_limit_below_zero_is_refused() -> None:
     with pytest.raises(ConfigError, match="--address-limit"):
         CoordinatorConfig("sqlite://", requests_per_minute_per_address=-1)
