@@ -419,6 +419,7 @@ class AnswerCache:
             "evicted": table.evicted,
             "expired": table.expired,
             "vetoed": self._meaning.vetoed,
+            "learning": self._meaning.learning,
             "enabled": self.config.enabled,
             "semantic": self.semantic_state,
             "semantic_off": self._budget.switched_off(),

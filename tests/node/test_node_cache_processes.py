@@ -117,6 +117,7 @@ def test_alike_questions_are_found_by_the_model_which_comes_back(tmp_path: Path)
         running = Running(network)
         wait(lambda: running.model_state() == "on")
         first = running.ask(PLAIN)
+        wait(lambda: ask_json(network.url, running.key, "/api/v1/cache/stats")["learning"] == 0)  # a moment behind the answer
         polite = running.ask(POLITE)
         assert (polite["cache_hit"], polite["cache_strategy"], polite["text"]) == (True, "semantic", first["text"])
         for child in psutil.Process(running.node.process.pid).children():
