@@ -128,12 +128,18 @@ async def collect(stream: trio.abc.ReceiveStream | None, kept: bytearray, kept_b
         return  # nobody wants the rest
 
 
-async def end_client(process: trio.Process) -> None:
-    """Closes its pipes; kills it where it still runs. Its container is another matter."""
+async def close_pipes(process: trio.Process) -> None:
+    """Our ends of them. Not cancelled."""
     with trio.CancelScope(shield=True):
         for stream in (process.stdin, process.stdout, process.stderr):
             if stream is not None:
                 await stream.aclose()
+
+
+async def end_client(process: trio.Process) -> None:
+    """Closes its pipes; kills it where it still runs. Its container is another matter."""
+    await close_pipes(process)
+    with trio.CancelScope(shield=True):
         if process.returncode is None:
             process.kill()
         await process.wait()

@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 import trio
 
 from protocol.cargo_io import ErrorLine, Line, LineReader
 from protocol.errors import ArchipelagError, Code, LocalProtocolError, Refused, RemoteProtocolError
-from runtimes.container.client import Answer, EngineFailed, call_program, collect, end_client, open_client, text_writer
+from runtimes.container.client import (
+    Answer,
+    EngineFailed,
+    call_program,
+    close_pipes,
+    collect,
+    end_client,
+    open_client,
+    text_writer,
+)
 from runtimes.container.command import Container, create_command, remove_command, start_command, state_command
 from runtimes.container.engines import ContainerEngine
 from runtimes.container.verdict import ENDED_WELL, State, judge, not_started, parse_state, timed_out
@@ -132,9 +141,11 @@ async def open_run(
 ) -> AsyncIterator[ContainerRun]:
     """The job, started. When this is left, nothing of it is left. Raises Refused where the engine does not start it, and ContainerLeft
     where it does not remove it."""
-    try:
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(remove_containers, engine, (container.name,))
         await _create(engine, container)
         client = await _start(engine, container.name)
+        stack.pop_all()  # from here on the client ends last, see _leave
         run = ContainerRun(engine, container, client, reader)
         try:
             async with trio.open_nursery() as nursery:
@@ -146,9 +157,17 @@ async def open_run(
         except BaseExceptionGroup as group:
             raise only_error(group) from None
         finally:
-            await end_client(client)
+            await _leave(run)
+
+
+async def _leave(run: ContainerRun) -> None:
+    """The container goes first: a client that is killed while it starts one leaves a half of it, which the engine does not know of. It
+    holds the container's lock until it is started, so removing waits for that."""
+    try:
+        await close_pipes(run.client)
+        await remove_containers(run.engine, (run.container.name,))
     finally:
-        await remove_containers(engine, (container.name,))
+        await end_client(run.client)
 
 
 async def _create(engine: ContainerEngine, container: Container) -> None:

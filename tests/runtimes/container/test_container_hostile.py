@@ -16,6 +16,7 @@ import trio
 
 from protocol.errors import Code, Refused
 from runtimes.container.cargo import remove_leftovers
+from runtimes.container.command import name_for
 from tests.runtimes.container.conftest import Port
 from tests.runtimes.container.container_cargos import MIB, lines_of, needs, opened, request, result_of
 
@@ -186,14 +187,37 @@ async def test_cancelling_ends_who_floods(port: Port) -> None:
         assert port.is_clean()
 
 
-async def test_cancelling_at_any_time_leaves_nothing(port: Port) -> None:
+async def test_cancelling_at_any_time_leaves_nothing(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+
+    def noted(random: bytes) -> str:
+        names.append(name_for(random))
+        return names[-1]
+
+    monkeypatch.setattr("runtimes.container.cargo.name_for", noted)
     async with opened(port) as cargo:
-        for after_s in (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3):
+        for after_s in (0.0, 0.02, 0.05, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2, 0.22, 0.25, 0.3):
             with trio.move_on_after(after_s):
                 async with cargo.run_lines(request("ignore signals")):
                     await trio.sleep_forever()
             assert port.is_clean()
         assert cargo.facts().slots_free == 1
+    with trio.fail_after(ENDED_S):  # the engine's own processes have no container left, and end
+        while monitors(names):
+            await trio.sleep(0.05)
+
+
+def monitors(names: list[str]) -> list[int]:
+    """Processes of the engine that look after these containers."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue  # it has just ended
+        if not set(names).isdisjoint(words):
+            found.append(int(folder.name))
+    return found
 
 
 async def test_time_ends_a_job_that_nobody_reads(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
