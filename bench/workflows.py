@@ -26,6 +26,7 @@ from coordinator.books import run_queries
 from coordinator.books.runs import RunState
 from coordinator.keys import ACCOUNT_DEFAULT
 from coordinator.workflows.flows import Asked, Once
+from node.collector import set_for_long_service
 from node.localnet import LocalNetwork
 from protocol.prices import Ask
 from tests.coordinator.desks import opened, url_of
@@ -66,6 +67,7 @@ async def _inside(quick: bool) -> list[dict[str, Any]]:
         islands = [island(number, ask=Ask(per_job=1000)) for number in range(1, ISLANDS + 1)]
         async with opened(url_of(Path(folder)), *islands) as running:
             await _round(running, "warm", chain(), 4)
+            set_for_long_service()  # as the node does it
             found: dict[str, list[float]] = {}
             for number in range(2 if quick else 5):
                 for name, (flow, runs) in _SHAPES.items():

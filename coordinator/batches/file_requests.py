@@ -31,7 +31,7 @@ CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/
 JOBS = "/api/v1/jobs"  # ours: any Cargo
 ENDPOINTS = (CHAT, COMPLETIONS, EMBEDDINGS, JOBS)
 
-_AS_USUAL = CacheUse()
+_AS_USUAL = CacheUse(is_exact=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coordinator.cache.normal import normalise
+from coordinator.cache.normal import is_exact, normalise
 from protocol.cargo_jobs import CargoInput
 from protocol.cargos import canonical_json
 from protocol.generation import GENERATION, ChatMessage, GenerationRequest, Role
@@ -49,18 +49,20 @@ class CacheAsk:
 @dataclass(frozen=True, slots=True)
 class CacheUse:
     """What a client says about the cache (RFC 9111, ``Cache-Control``): ``reads`` is off for ``no-cache``, both are for ``no-store``;
-    ``is_private``: only its own account's answers, and its answer only for its own account."""
+    ``is_private``: only its own account's answers, and its answer only for its own account. ``is_exact``: only answers to the same question
+    (ours: ``x-archipelag-cache: exact``, and always for batches and workflows, whose inputs are data)."""
 
     reads: bool = True
     writes: bool = True
     is_private: bool = False
+    is_exact: bool = False
 
 
-def cache_use(headers: Sequence[str]) -> CacheUse:
-    """Of all ``Cache-Control`` headers of a request. Directives that we do not know change nothing (RFC 9111, 5.2.3)."""
+def cache_use(headers: Sequence[str], wanted: str = "") -> CacheUse:
+    """Of all ``Cache-Control`` headers of a request, and its ``x-archipelag-cache``. Unknown directives change nothing (RFC 9111)."""
     said = {part.partition("=")[0].strip().lower() for header in headers for part in header.split(",")}
     stores = "no-store" not in said
-    return CacheUse(stores and "no-cache" not in said, stores, "private" in said)
+    return CacheUse(stores and "no-cache" not in said, stores, "private" in said, wanted.strip().lower() == "exact")
 
 
 def ask_of(
@@ -88,8 +90,8 @@ def ask_of(
     context = _digest(_TEXT_LABEL, where, has_seed + GENERATION.encode(rest))
     written = normalise(question) if len(question) <= NORMALISED_CHARS_MAX else question
     key = hashlib.sha256(context + written.encode()).digest()
-    is_short = 0 < len(question) <= QUESTION_CHARS_MAX
-    return CacheAsk(cargo, account, key, context if is_short else b"", question, use.reads, use.writes, use.is_private)
+    has_wordings = 0 < len(question) <= QUESTION_CHARS_MAX and not use.is_exact and not is_exact(question)
+    return CacheAsk(cargo, account, key, context if has_wordings else b"", question, use.reads, use.writes, use.is_private)
 
 
 def _is_steady(asked: GenerationRequest, given: Mapping[str, Any]) -> bool:
@@ -97,16 +99,14 @@ def _is_steady(asked: GenerationRequest, given: Mapping[str, Any]) -> bool:
 
 
 def question_of(asked: GenerationRequest) -> str:
-    """The last question of a chat, or the prompt; empty where the chat does not end with one."""
-    if not asked.messages:
-        return asked.prompt
-    return asked.messages[-1].content if asked.messages[-1].role is Role.USER else ""
+    """The last question of a chat; empty where it does not end with one. A prompt is none: the model goes on from its last sign."""
+    return asked.messages[-1].content if asked.messages and asked.messages[-1].role is Role.USER else ""
 
 
 def with_question(asked: GenerationRequest, question: str) -> GenerationRequest:
-    """The same request with another question. Raises ValueError for one that is too long."""
+    """The same request with another question, where it has one. Raises ValueError for one that is too long."""
     if not asked.messages:
-        return replace(asked, prompt=question)
+        return asked
     last: ChatMessage = asked.messages[-1]
     if last.role is not Role.USER:
         return asked

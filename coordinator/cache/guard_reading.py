@@ -8,7 +8,7 @@ may change a row only so that no two rows of different meaning become one; where
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from coordinator.cache import guard_words as words
@@ -24,6 +24,7 @@ from coordinator.cache.normal import (
     spelt,
     starts_sentence,
 )
+from coordinator.cache.normal_words import CAPITONYMS
 
 _TOKEN = re.compile(
     r"(?P<link>https?://[^\s<>\"]*[^\s<>\".,?!;:)\]])|(?P<mail>[\w.+-]+@[\w-]+(?:\.[\w-]+)+)|"
@@ -32,20 +33,18 @@ _TOKEN = re.compile(
     r"(?P<number>(?<![\w)])-\d+(?=\s|$)|\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:st|nd|rd|th)\b|\d+)|"
     r"(?P<word>[^\W\d_][^\W_]*(?:'[^\W\d_]+)*)|(?P<sign>\S)"
 )
-_NO_WORDS = frozenset(".?!;:'\"…¿¡“”‘’")
 _SHORT_MIXED_LETTERS_MAX = 3  # pH, kW, mW, Mb
-_MISSPELT_NAME_LETTERS_MIN = 5
-_ARTICLES = frozenset({"a", "an", "the"})
-_BEFORE_NO_NOUN = frozenset("for in on at to of with from by and or is are ,".split())
-_ALIKE: Mapping[str, str] = {
-    **{"are": "is", "am": "is", "were": "was", "does": "do", "has": "have", "these": "this", "those": "that", "whom": "who"},
-    **{"km": "kilometer", "kms": "kilometer", "cm": "centimeter", "kg": "kilogram", "kgs": "kilogram"},
-    **{"percent": "%", "&": "and", "$": "dollar", "€": "euro", "colour": "color"},
-}
-# Written after a number; those before may stand anywhere.
+_FINAL = re.compile(r"(?<=[^\W\d_])[.?!]+$|(?<=[\d\W_])[.?]$")  # "5!?" keeps its mark, and so does "the operator ??" one of them
+_PARTICIPLE = re.compile(
+    r"[a-z]{2,}(?:ed|en|wn)|been|gone|got|done|made|had|said|left|lost|found|sold|built|sent|kept|won|put|cut|hit|run|become|come"
+)
+_SUBJECTS = frozenset("i you he she it we they this that".split())
+_ALIKE: Mapping[str, str] = {"an": "a", "whom": "who"}
+# Written after a number.
 _UNITS: Mapping[str, str] = {
-    **{"mm": "millimeter", "mi": "mile", "ft": "foot", "hr": "hour", "hrs": "hour", "min": "minute", "mins": "minute"},
-    **{"sec": "second", "secs": "second", "lbs": "lb", "yr": "year", "yrs": "year"},
+    **{"km": "kilometers", "kms": "kilometers", "cm": "centimeters", "kg": "kilograms", "kgs": "kilograms", "mm": "millimeters"},
+    **{"mi": "miles", "ft": "feet", "hr": "hours", "hrs": "hours", "min": "minutes", "mins": "minutes"},
+    **{"sec": "seconds", "secs": "seconds", "lbs": "lb", "yr": "years", "yrs": "years", "percent": "%"},
 }
 _NUMBER = re.compile(r"-?\d[\d.]*$")
 
@@ -64,6 +63,7 @@ class Reading:
     names: frozenset[str]
     mixed: Mapping[str, str]
     is_long: bool = False
+    asks_indirectly: bool = False
 
 
 def read(text: str) -> Reading:
@@ -72,21 +72,24 @@ def read(text: str) -> Reading:
         return Reading("", True, (), (text,), (), frozenset(), {}, True)
     found = parts(text)
     shouts = is_shouted(found.bare)
-    plain, names, mixed = _split(found.bare if ":" in found.bare else found.bare.rstrip(" .?!,"), shouts, all_signs=True)
+    plain, names, mixed = _split(found.bare if ":" in found.bare else _ended(found.bare), shouts)
     if found.is_literal:
         return Reading(found.language, True, plain, plain, found.spans, names, mixed)
-    return Reading(found.language, False, _row(found, shouts), plain, found.spans, names, mixed)
+    return Reading(found.language, False, _row(found, shouts), plain, found.spans, names, mixed, asks_indirectly=found.asks_indirectly)
 
 
-def _split(text: str, shouts: bool, all_signs: bool = False) -> tuple[tuple[str, ...], frozenset[str], dict[str, str]]:
-    """Words as they stand, with those signs that may mean something or all, names, and words of mixed case."""
+def _ended(text: str) -> str:
+    """The text without the mark that ends it; every other sign stays, for it may be what is asked about."""
+    return _FINAL.sub("", text.rstrip(" ,")).rstrip(" ,")
+
+
+def _split(text: str, shouts: bool) -> tuple[tuple[str, ...], frozenset[str], dict[str, str]]:
+    """Words as they stand, with all signs, names, and words of mixed case."""
     row: list[str] = []
     names: set[str] = set()
     mixed: dict[str, str] = {}
     for match in _TOKEN.finditer(text):
         raw = match[0]
-        if not all_signs and not _counts(match, text):
-            continue
         is_first = starts_sentence(text, match.start())
         word = raw if match.lastgroup in ("link", "mail", "path", "dotted", "snake") else _cased(raw, is_first, shouts)
         row.append(word.replace(",", "") if match.lastgroup == "number" else word)
@@ -95,17 +98,6 @@ def _split(text: str, shouts: bool, all_signs: bool = False) -> tuple[tuple[str,
         if raw[1:] != raw[1:].lower() and raw != raw.upper():
             mixed[raw.lower()] = raw
     return tuple(row), frozenset(names), mixed
-
-
-def _counts(match: re.Match[str], text: str) -> bool:
-    """Whether it is more than punctuation: a dash before a number is, and an exclamation mark behind one."""
-    sign = match[0]
-    if sign == "-":
-        after, spaced = text[match.end() :].lstrip()[:1], text[match.start() - 1 : match.start()].isspace()
-        return after.isdigit() or (spaced and text[match.end() : match.end() + 1].isspace())
-    if sign == "!":
-        return text[match.start() - 1 : match.start()].isdigit()
-    return sign == "," or sign not in _NO_WORDS
 
 
 def _cased(raw: str, is_first: bool, shouts: bool) -> str:
@@ -117,19 +109,18 @@ def _cased(raw: str, is_first: bool, shouts: bool) -> str:
     folded = folded_word(raw, is_first, shouts)
     if folded == small:
         return small
-    if len(raw) == 1 or (len(raw) <= _SHORT_MIXED_LETTERS_MAX and raw != raw.upper()) or folded.lower() in words.CAPITONYMS:
+    if len(raw) == 1 or (len(raw) <= _SHORT_MIXED_LETTERS_MAX and raw != raw.upper()) or folded.lower() in CAPITONYMS:
         return raw
     return raw if raw == raw.upper() and small in words.CAPITALS else small
 
 
 def _row(found: Parts, shouts: bool) -> tuple[str, ...]:
     """The words in one spelling and order."""
-    tokens, names, _ = _split(in_digits(_joined(found.bare)), shouts)
+    tokens, names, _ = _split(in_digits(_joined(_ended(found.bare))), shouts)
     said: list[str] = []
-    for token in tokens:
-        said += _expanded(token, names)
-    said = _without_articles(_with_units(said))
-    row = arranged(" ".join(said), found.asks_indirectly).split()
+    for place, token in enumerate(tokens):
+        said += _expanded(token, names, tokens[place + 1 :])
+    row = arranged(" ".join(_with_units(said)), found.asks_indirectly).split()
     return tuple(settled(word) for word in row)
 
 
@@ -140,14 +131,16 @@ def _joined(text: str) -> str:
     return _COMPOUNDS.sub(lambda match: re.sub(r"[ -]", "", match[0]), text)
 
 
-def _expanded(token: str, names: frozenset[str]) -> list[str]:
-    """One word as the words that it stands for: contractions, possessives, misspellings."""
+def _expanded(token: str, names: frozenset[str], after: Sequence[str]) -> list[str]:
+    """One word as the words that it stands for: contractions, possessives, misspellings. A name is never respelt, and an 's that may be
+    "has" stays."""
     if token.lower() in names and "'" not in token:
-        better = words.MISSPELLINGS.get(token, token) if len(token) >= _MISSPELT_NAME_LETTERS_MIN else token
-        return [words.SPELLINGS.get(better, better)]
+        return [token]
     better = spelt(token)
     if better != token:
-        return better.split()
+        is_subject_next = bool(after) and after[0] in _SUBJECTS
+        may_have = better.endswith(" is") and (is_subject_next or any(_PARTICIPLE.fullmatch(word) for word in after))
+        return [token.replace("'", "")] if may_have else better.split()
     head, mark, tail = token.partition("'")
     return [head, "'s"] if mark and tail == "s" else [token]
 
@@ -158,25 +151,11 @@ def _with_units(said: list[str]) -> list[str]:
     for word in said:
         row.append(_UNITS.get(word, word) if row and _NUMBER.match(row[-1]) else word)
         if len(row) > 1 and row[-2] in ("$", "€") and _NUMBER.match(row[-1]):
-            row[-2:] = [row[-1], row[-2]]
-    return row
-
-
-def _without_articles(said: list[str]) -> list[str]:
-    """An article goes where a noun can follow; "vitamin a for ..." keeps its letter."""
-    row: list[str] = []
-    for place, word in enumerate(said):
-        after = said[place + 1] if place + 1 < len(said) else ","
-        if word in _ARTICLES and after not in _BEFORE_NO_NOUN:
-            if word == "a" and after in ("few", "little", "lot", "bit"):
-                row.append("a_")
-            continue
-        row.append(word)
+            row[-2:] = [row[-1], "dollar" if row[-2] == "$" else "euro"]
     return row
 
 
 def settled(word: str) -> str:
     """A word of the row for those that are used for it."""
     word = _ALIKE.get(word, word)
-    word = SYNONYMS.get(word, word)
-    return words.IRREGULAR_PLURALS.get(word, word)
+    return SYNONYMS.get(word, word)

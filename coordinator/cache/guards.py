@@ -1,9 +1,9 @@
 """Whether a kept question may stand in for the one that is asked: the guards before every semantic hit.
 
 Vectors and shared words say that two questions are *about* the same; they are nearly blind for what turns a question round. So the guards
-work the other way: both questions come down to a row of words (``guard_reading``), and the rows must be one, word for word. Only two
-things may differ in a place: a plural or third person (file, files) and a slip of the pen that is no other word. Whatever else stands in
-one question only is refused; the reason says which guard it was, for statistics and tests.
+work the other way: both questions come down to a row of words and signs (``guard_reading``), and the rows must be one, word for word.
+Only two things may differ: a slip of the pen that is no other word, and the third person of an indirect question's verb. Whatever else
+stands in one question only is refused; the reason says which guard it was, for statistics and tests.
 
 A false answer is worse than a miss: a wording that no rule explains is refused, however near it lies.
 """
@@ -23,6 +23,8 @@ __all__ = ["QUESTION_CHARS_MAX", "Reading", "Reason", "read", "same_word", "veto
 _SWAP_LETTERS_MIN = 6
 _DOUBLE_LETTERS_MIN = 7
 _INFLECTED_LETTERS_MIN = 3
+_DO_DROPPED = frozenset({"how", "why", "when", "where"})
+_VERB_PLACE_MIN = 2  # behind the question word and a subject
 _CONFUSABLE = frozenset(frozenset(pair.split("/")) for pair in CONFUSABLES)
 
 
@@ -66,17 +68,27 @@ def veto_of(asked: Reading, kept: Reading) -> str:
     if asked.is_literal or kept.is_literal:
         return "" if asked.plain == kept.plain else _why(asked.plain, kept.plain, frozenset(), asked.names | kept.names)
     names = asked.names | kept.names
-    if _same_row(asked.row, kept.row, names):
+    if _same_row(asked, kept, names):
         return ""
     return _why(asked.row, kept.row, names, names)
 
 
-def _same_row(asked: Sequence[str], kept: Sequence[str], names: frozenset[str]) -> bool:
-    """Word for word. After "how to" a participle is as good as the verb ("a way of sorting"): the one place where it is no noun."""
-    if len(asked) != len(kept):
+def _same_row(asked: Reading, kept: Reading, names: frozenset[str]) -> bool:
+    """Word for word. After "how to" a participle is as good as the verb ("a way of sorting"), and "tell me how it works" has the third
+    person where "how does it work" has none: the two places where the word is no noun."""
+    if len(asked.row) != len(kept.row):
         return False
-    differ = [place for place, (one, other) in enumerate(zip(asked, kept, strict=True)) if not same_word(one, other, names)]
-    return not differ or (differ == [1] and asked[0] == "howto" and _is_participle(asked[1], kept[1]))
+    both = list(zip(asked.row, kept.row, strict=True))
+    differ = [place for place, (one, other) in enumerate(both) if not same_word(one, other, names)]
+    if len(differ) != 1:
+        return not differ
+    (place,) = differ
+    if place == 1 and asked.row[0] == "howto":
+        return _is_participle(*both[place])
+    if asked.asks_indirectly == kept.asks_indirectly or asked.row[0] not in _DO_DROPPED or place < _VERB_PLACE_MIN:
+        return False
+    told, put = both[place] if asked.asks_indirectly else both[place][::-1]
+    return inflects(told, put)
 
 
 def _is_participle(one: str, other: str) -> bool:
@@ -88,14 +100,11 @@ def _is_participle(one: str, other: str) -> bool:
 
 
 def same_word(one: str, other: str, names: frozenset[str] = frozenset()) -> bool:
-    """Whether two words may stand for one another: equal, an inflection, or a slip of the pen; opposites never. Of ``names`` no letter may
-    differ but a plural's."""
+    """Whether two words may stand for one another: equal, or a slip of the pen; opposites never. Of ``names`` no letter may differ."""
     if one == other:
         return True
     if frozenset((one, other)) in kinds.OPPOSITES or not (one.isalpha() and other.isalpha()):
         return False
-    if inflects(one, other) or inflects(other, one):
-        return one not in names and other not in names
     return one not in names and other not in names and is_slip(one, other)
 
 
@@ -161,6 +170,10 @@ _LISTS = (
 )
 
 
+def _is_form(one: str, other: str, names: frozenset[str]) -> bool:
+    return same_word(one, other, names) or (not {one, other} & names and (inflects(one, other) or inflects(other, one)))
+
+
 def _is_in(word: str, listed: frozenset[str]) -> bool:
     return word.lower() in listed or word.lower().removesuffix("s") in listed
 
@@ -170,7 +183,7 @@ def _unmatched(these: Sequence[str], those: Sequence[str], names: frozenset[str]
     free = list(those)
     lonely: list[str] = []
     for word in these:
-        fellow = word if word in free else next((other for other in free if same_word(word, other, names)), None)
+        fellow = word if word in free else next((other for other in free if _is_form(word, other, names)), None)
         if fellow is None:
             lonely.append(word)
         else:

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.cache.normal import normalise
-
 ANSWER_COSINE_MIN = 0.9
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _DENIALS = frozenset("no not never none nothing nobody nowhere neither nor cannot without false wrong nicht kein keine nie".split())
@@ -26,7 +24,7 @@ def unit(vector: Sequence[float] | npt.NDArray[np.float32]) -> npt.NDArray[np.fl
 
 def says_the_same(one: str, other: str) -> bool | None:
     """By the words alone: equal but for spacing and case, or with other numbers, or where only one denies. None: they do not tell."""
-    if normalise(one) == normalise(other):
+    if one.lower().split() == other.lower().split():
         return True
     if Counter(_NUMBER.findall(one)) != Counter(_NUMBER.findall(other)) or _denies(one) != _denies(other):
         return False

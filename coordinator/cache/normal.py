@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from coordinator.cache import guard_words as words
+from coordinator.cache import normal_words as keys
 from coordinator.cache.guard_filler import Stripped, inner_filler_off, outer_filler_off
 
 _FENCE = r"```.*?```|~~~.*?~~~"
@@ -24,6 +24,10 @@ _SHAPED_LINE = re.compile(
 )
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _SENTENCE_END = re.compile(r"[.?!:;]['\")\]]*\s*$")
+# What a question brings with it: from a line break on, or from a colon that is not of a time.
+_PAYLOAD = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]|(?<!\d)[:\uff1a]|[:\uff1a](?!\d)")
+_JOINS = frozenset(r"0123456789_@/\#$=<>.")  # before a word: part of a name, a path, a program
+_JOINED = re.compile(r"[\d_@/\\#$=<>(\[]|\.\w")  # behind it
 _PLACE_FIRST = 0xE100  # private use: stands for a span while the words round it are read
 _SPANS_MAX = 200
 QUESTION_CHARS_MAX = 2_000  # a longer one carries a text of its own, and the model that embeds it reads its beginning only
@@ -46,20 +50,45 @@ class Parts:
 
 
 def normalise(text: str) -> str:
-    """The text of the exact key: NFC, white space collapsed, small letters, but for what may carry meaning: code and quotations stay as
-    they are, so does a text whose lines have a shape; words of mixed case, all-capital words in a text that is not, single capitals and
-    words that mean something else with a capital keep theirs."""
-    text = unicodedata.normalize("NFC", text).strip()
-    if is_shaped(text):
+    """The text of the exact key: NFC, white space collapsed, small letters, but for what may carry meaning: a text about letters and one
+    whose lines have a shape stay as they are, so does all from a line break or a colon on, code and quotations; words of mixed case,
+    all-capital words in a text that is not, single capitals and words that mean something else with a capital keep theirs."""
+    if is_shaped(text) or is_about_letters(text):
         return text
-    shouts = is_shouted(text)
+    text = text.lstrip()
+    head, tail = _parted(text)
+    head = unicodedata.normalize("NFC", head if tail else head.rstrip())
+    shouts = is_shouted(head)
     pieces: list[str] = []
     end = 0
-    for match in _SPANS.finditer(text):
-        pieces += [_folded(text[end : match.start()], _last_sign(text, end), shouts), match[0]]
+    for match in _SPANS.finditer(head):
+        pieces += [_folded(head[end : match.start()], _last_sign(head, end), shouts), match[0]]
         end = match.end()
-    pieces.append(_folded(text[end:], _last_sign(text, end), shouts))
-    return unicodedata.normalize("NFC", "".join(pieces))
+    pieces.append(_folded(head[end:], _last_sign(head, end), shouts))
+    return unicodedata.normalize("NFC", "".join(pieces)) + tail
+
+
+def is_exact(text: str) -> bool:
+    """Whether letters or spaces of it may count, so that no other wording may stand in for it."""
+    return is_shaped(text) or is_about_letters(text) or _parted(text.lstrip())[1] != ""
+
+
+def is_about_letters(text: str) -> bool:
+    """Whether it may be about how a text is written: encoding, spelling, counting of letters, and the like."""
+    if keys.LETTER_WORDS.search(text):
+        return True
+    return keys.PASSWORD.search(text) is not None and keys.OWN_PASSWORD.search(text) is None
+
+
+def _parted(text: str) -> tuple[str, str]:
+    """The question, and what it brings with it: all from the first line break or colon on that something follows, or from the beginning of
+    the quotation in which that stands."""
+    found = _PAYLOAD.search(text)
+    if found is None or not text[found.end() :].strip():
+        return text, ""
+    at = found.start()
+    around = next((span.start() for span in _SPANS.finditer(text) if span.end() > at), at)
+    return text[: min(at, around)], text[min(at, around) :]
 
 
 def _last_sign(text: str, at: int) -> str:
@@ -74,13 +103,22 @@ def is_shaped(text: str) -> bool:
 
 
 def is_shouted(text: str) -> bool:
-    """All in capitals, and long enough to be read as a habit rather than an acronym."""
-    return text == text.upper() and len(_WORD.findall(text)) >= _CAPS_WORDS_MIN
+    """All in capitals, long enough to be read as a habit rather than an acronym, and without words that may be acronyms or names."""
+    if text != text.upper():
+        return False
+    said = [match.lower() for match in _WORD.findall(text)]
+    return len(said) >= _CAPS_WORDS_MIN and not any(word in keys.ACRONYM_WORDS or _may_be_name(word) for word in said)
 
 
 def _folded(piece: str, before: str, shouts: bool) -> str:
     text = before + re.sub(r"\s+", " ", piece)
-    return _WORD.sub(lambda match: folded_word(match[0], starts_sentence(text, match.start()), shouts), text)[len(before) :]
+
+    def small(match: re.Match[str]) -> str:
+        if text[match.start() - 1 : match.start()] in _JOINS or _JOINED.match(text, match.end()):
+            return match[0]
+        return folded_word(match[0], starts_sentence(text, match.start()), shouts)
+
+    return _WORD.sub(small, text)[len(before) :]
 
 
 def starts_sentence(text: str, at: int) -> bool:
@@ -98,7 +136,13 @@ def folded_word(word: str, is_first: bool, shouts: bool) -> str:
         return small if is_first or word == "I" else word
     if word[1:] != word[1:].lower():  # USA, iPhone, getValue, McDonald
         return word
-    return word if small in words.CAPITONYMS and not is_first else small
+    return word if not is_first and _may_be_name(small) else small
+
+
+def _may_be_name(small: str) -> bool:
+    """Whether a word means something else with a capital; of several or of its own, too."""
+    owner = small.replace("’", "'").removesuffix("'s").removesuffix("'")
+    return owner in keys.CAPITONYMS or owner.removesuffix("s") in keys.CAPITONYMS
 
 
 def parts(text: str) -> Parts:
@@ -196,38 +240,89 @@ def respelt(text: str) -> str:
 
 
 _NUMBER_WORD = "|".join([*words.CARDINALS, *words.SCALES])
-_NUMBER_RUN = re.compile(rf"\b(?:{_NUMBER_WORD})(?:(?:\s+and)?[\s-]+(?:{_NUMBER_WORD}))*\b", re.IGNORECASE)
+_NUMBER_RUN = re.compile(rf"\b(?:{_NUMBER_WORD})(?:(?:\s+and\s+|\s+|-)(?:{_NUMBER_WORD}))*\b", re.IGNORECASE)
 _ORDINAL = re.compile(rf"\b(?:{'|'.join(words.ORDINALS)})\b", re.IGNORECASE)
+_TWO_FOLLOW = re.compile(r"\b(?:between|both|either|neither)\s+$", re.IGNORECASE)
+_THOUSAND = 1000
 
 
 def in_digits(text: str) -> str:
-    """Number words as digits: "twenty five" is 25, "third" is 3rd. "second" stays, for it may be of time."""
-    text = _NUMBER_RUN.sub(lambda match: " ".join(str(number) for number in _numbers(match[0])), text)
-    return _ORDINAL.sub(lambda match: words.ORDINALS[match[0].lower()], text)
+    """Number words as digits: "twenty five" is 25, "third" is 3rd. "second" stays, for it may be of time; so do words of which it is not
+    sure which numbers they say."""
+
+    def digits(match: re.Match[str]) -> str:
+        return _run_in_digits(match[0], _TWO_FOLLOW.search(text[max(0, match.start() - 20) : match.start()]) is not None)
+
+    return _ORDINAL.sub(lambda match: words.ORDINALS[match[0].lower()], _NUMBER_RUN.sub(digits, text))
 
 
-def _numbers(run: str) -> Iterator[int]:
-    """The numbers that a run of number words says: one, or several that only stand side by side."""
-    total, current, last = 0, -1, 0
-    for word in re.findall(r"[a-z]+", run.lower()):
-        if word == "and":
-            continue
-        if word in words.SCALES:
-            scale = words.SCALES[word]
-            if scale >= 1000:
-                total, current = total + max(current, 1) * scale, -1
-            else:
-                current = max(current, 1) * scale
-            last = scale
-            continue
-        value = words.CARDINALS[word]
-        fits = current < 0 or (last >= 100) or (20 <= last < 100 and 0 < value < 10)
-        if not fits:
-            yield total + current
-            total, current = 0, -1
-        current = value if current < 0 else current + value
-        last = value
-    yield total + max(current, 0)
+def _run_in_digits(run: str, after_between: bool) -> str:
+    """Each number of a run of number words in digits, with what stands between them: one, or several that only stand side by side."""
+    said = re.split(r"(\s+and\s+|\s+|-)", run.lower())  # words at even places
+    pieces: list[str] = []
+    at = 0
+    while at < len(said):
+        value, end = _number(said, at)
+        if value is None or (after_between and end == len(said) and not at and "and" in run.lower()):
+            return run
+        pieces += [str(value), *said[end : end + 1]]
+        at = end + 1
+    return "".join(pieces)
+
+
+def _number(said: list[str], at: int) -> tuple[int | None, int]:
+    """The number that begins at a place, and the place behind it. None where it may be read in two ways."""
+    total, scale_before = 0, 0
+    while True:
+        value, end = _group(said, at)
+        scale = words.SCALES.get(said[end + 1], 0) if end + 1 < len(said) and _joins(said[end]) else 0
+        if value is None:  # "thousand" alone
+            value, end, scale = 1, at - 1, words.SCALES[said[at]]
+        if scale >= _THOUSAND:
+            end += 2
+            value *= scale
+        elif scale:
+            return None, end
+        total, scale_before = total + value, scale
+        if scale_before < _THOUSAND or end >= len(said):
+            return total, end
+        rest, stop = _number(said, end + 1)
+        if rest is None or words.SCALES.get(said[end + 1], 0) >= _THOUSAND:
+            return None, end
+        if rest >= scale or not rest or ("and" in said[end] and rest >= 100):
+            return total, end
+        return total + rest, stop
+
+
+def _joins(between: str) -> bool:
+    return "and" not in between
+
+
+def _group(said: list[str], at: int) -> tuple[int | None, int]:
+    """The number below a thousand, or of hundreds or dozens, that begins at a place; None where none does."""
+    if said[at] in words.SCALES:
+        if words.SCALES[said[at]] >= _THOUSAND:
+            return None, at
+        value, end = 1, at - 1
+    else:
+        value, end = _below_hundred(said, at)
+    if end + 1 >= len(said) or (end >= at and not _joins(said[end])) or said[end + 1] not in ("hundred", "dozen"):
+        return value, end
+    value, end, unit = value * words.SCALES[said[end + 1]], end + 2, said[end + 1]
+    if unit == "dozen" or end >= len(said) or said[end + 1] not in words.CARDINALS:
+        return value, end
+    rest, stop = _below_hundred(said, end + 1)
+    is_whole = stop >= len(said) or not _joins(said[stop]) or said[stop + 1] not in words.SCALES
+    if not rest or (not is_whole and ("and" in said[end] or said[stop + 1] == "hundred")):
+        return value, end
+    return value + rest, stop
+
+
+def _below_hundred(said: list[str], at: int) -> tuple[int, int]:
+    value, end = words.CARDINALS[said[at]], at + 1
+    if value >= 20 and end < len(said) and _joins(said[end]) and 0 < words.CARDINALS.get(said[end + 1], 0) < 10:
+        return value + words.CARDINALS[said[end + 1]], end + 2
+    return value, end
 
 
 # -- the index

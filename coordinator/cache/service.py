@@ -51,6 +51,8 @@ __all__ = ["AnswerCache", "Cargos", "Embedding", "key_of"]
 log = logging.getLogger(__name__)
 
 KEY_BYTES = 32
+WARM_UP_CHECKS = 20
+WARM_UP_SHARE = 0.5  # of a Cargo's semantic hits that are checked until it has had so many checks
 HANDOVERS_MAX = 2  # so many may fail before all who wait go on by themselves
 SMALL_BYTES = 64 * 1024  # larger answers are read in a thread
 _Name = tuple[str, bytes, bool]  # of a flight: account, key, and whether it is private
@@ -324,9 +326,14 @@ class AnswerCache:
         """A share of the semantic hits is checked in the background."""
         if hit.strategy == "exact" or self._nursery is None or not self._shadow.has_room:
             return
-        if self._rng.random() < self.config.shadow_share:
+        if self._rng.random() < self._share(order.spec.cargo):
             text = "".join(event.text for event in replay(hit.entry.packed, 0) if isinstance(event, Text))
             self._nursery.start_soon(self._shadow.check, CheckedHit(order, hit.entry.question, text, hit.entry.slot))
+
+    def _share(self, cargo: str) -> float:
+        """Larger until so much is known of a Cargo that a share of wrong answers would show."""
+        share = self.config.shadow_share
+        return max(share, WARM_UP_SHARE) if share and self._budget.checks(cargo)[1] < WARM_UP_CHECKS else share
 
     def _note_check(self, checked: CheckedHit, is_false: bool) -> None:
         cargo = checked.order.spec.cargo

@@ -13,7 +13,7 @@ from coordinator.jobs import JobSpec
 from coordinator.orders import Order
 from coordinator.regions import Residency
 
-_AS_USUAL = CacheUse()
+_AS_USUAL = CacheUse(is_exact=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ def read_terms(request: web.Request, raw: bytes, body: Mapping[str, Any], accoun
         idempotency_key=_idempotency_key(request.headers.get("Idempotency-Key", "")),
         fingerprint=_fingerprint(secret, account, request.path, raw),
         is_retry=_is_retry(request.headers.get(RETRY_HEADER, "")),
-        cache=cache_use(request.headers.getall("Cache-Control", ())),
+        cache=cache_use(request.headers.getall("Cache-Control", ()), request.headers.get("x-archipelag-cache", "")),
     )
 
 

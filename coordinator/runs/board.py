@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -187,7 +187,7 @@ class RunBoard:
         )
         opened = await self.books.do(OpenRun(run))
         if opened is run:
-            self._start(run, spec, {})
+            self._start(run, spec)
         return opened, opened is run
 
     async def find(self, run_id: str, account: str, kind: RunKind) -> Run:
@@ -235,20 +235,23 @@ class RunBoard:
 
     # ---- running
 
-    def _start(self, run: Run, spec: bytes, done: Mapping[str, Job]) -> None:
+    def _start(self, run: Run, spec: bytes | None) -> None:
+        """``spec``: of a new run; None for one that begins again."""
         if self._nursery is None:
             return  # we go down; whoever comes next takes it up
         live = self._live[run.id] = _LiveRun(run)
-        self._nursery.start_soon(self._work, live, RunContext(run, spec, done, self))
+        if run.cancel_wanted:
+            live.scope.cancel()
+        self._nursery.start_soon(self._work, live, spec)
 
-    async def _work(self, live: _LiveRun, context: RunContext) -> None:
-        run = live.run
+    async def _work(self, live: _LiveRun, spec: bytes | None) -> None:
+        run, runner = live.run, self.runners[live.run.kind]
         try:
             with live.scope:
-                result = await self._result(context)
+                result = await self._guarded(run, spec, True, runner.run)
             if live.scope.cancelled_caught:
                 with trio.CancelScope(shield=True):
-                    result = await self.runners[run.kind].cancelled(context)
+                    result = await self._guarded(run, spec, False, runner.cancelled)
             with trio.CancelScope(shield=True):
                 await self._end(run, result)
         except BooksUnavailable as error:
@@ -259,14 +262,22 @@ class RunBoard:
             del self._live[run.id]
             live.ended.set()
 
-    async def _result(self, context: RunContext) -> RunResult:
+    async def _guarded(
+        self, run: Run, spec: bytes | None, waits: bool, part: Callable[[RunContext], Awaitable[RunResult]]
+    ) -> RunResult:
+        """A bug ends this run, and nobody else's. ``waits``: until the jobs of an earlier life have ended."""
         try:
-            return await self.runners[context.run.kind].run(context)
+            if spec is not None:
+                return await part(RunContext(run, spec, {}, self))
+            return await part(RunContext(run, self.spec_of(run), await self._settled(run, waits), self))
         except (BooksUnavailable, BooksRefused):
             raise
-        except Exception as error:  # a bug ends this run, and nobody else's
+        except SealBroken as error:
+            log.warning("%s %s is lost: %s", run.kind, run.id, error)
+            return RunResult(RunState.FAILED, {}, "run_lost", "what it was to do cannot be read any more")
+        except Exception as error:
             trace = "".join(traceback.format_tb(error.__traceback__))  # no message: a foreign error's may quote the input
-            log.error("%s %s: %s\n%s", context.run.kind, context.run.id, type(error).__name__, trace)
+            log.error("%s %s: %s\n%s", run.kind, run.id, type(error).__name__, trace)
             return RunResult(RunState.FAILED, {}, "internal_error", "the Coordinator failed; its log says where")
 
     async def _end(self, run: Run, result: RunResult) -> None:
@@ -310,38 +321,14 @@ class RunBoard:
         run = await self.books.ask(run_queries.any_run, run_id)
         if run is None or run.ended or run_id in self._live or self._nursery is None:
             return
-        live = self._live[run_id] = _LiveRun(run)
-        self._nursery.start_soon(self._go_on, live)
+        self._start(run, None)
 
-    async def _go_on(self, live: _LiveRun) -> None:
-        """Waits until the jobs of the run's earlier life have ended, and begins it."""
-        run = live.run
-        try:
-            spec = self.spec_of(run)
-            done = await self._settled(run)
-        except SealBroken as error:
-            log.warning("%s %s is lost: %s", run.kind, run.id, error)
-            done, spec = {}, b""
-        except BooksUnavailable as error:
-            log.warning("%s %s rests until the books can be used: %s", run.kind, run.id, error)
-            del self._live[run.id]
-            live.ended.set()
-            return
-        if not spec:
-            await self._end(run, RunResult(RunState.FAILED, {}, "run_lost", "what it was to do cannot be read any more"))
-            del self._live[run.id]
-            live.ended.set()
-            return
-        if run.cancel_wanted:
-            live.scope.cancel()
-        await self._work(live, RunContext(run, spec, done, self))
-
-    async def _settled(self, run: Run) -> dict[str, Job]:
-        """Its jobs by id, once all have ended: those of a Coordinator that is gone end when upkeep has adopted them."""
+    async def _settled(self, run: Run, waits: bool) -> dict[str, Job]:
+        """Its jobs by id that have ended. Those of a Coordinator that is gone end when upkeep has adopted them."""
         while True:
             jobs = await self.books.ask(run_queries.children_of, run.id)
-            if all(job.ended for job in jobs):
-                return {job.id: job for job in jobs}
+            if not waits or all(job.ended for job in jobs):
+                return {job.id: job for job in jobs if job.ended}
             await trio.sleep(_POLL_S)
 
     async def forget(self, now_ms: int) -> None:

@@ -109,9 +109,9 @@ class Flows:
         definition, name, source = await self.read(asked)
         is_known = await self._is_known(asked.account, once)
         quote = None
-        if asked.max_price_micros is not None and not is_known:
+        if not is_known:
             quoted = await self._quoter.quote(definition, asked)
-            if quoted.micros > asked.max_price_micros:
+            if asked.max_price_micros is not None and quoted.micros > asked.max_price_micros:
                 wanted, most = format_credits(quoted.micros), format_credits(asked.max_price_micros)
                 raise FlowRefused("over_max_price", f"the run may cost {wanted} credits, and max_price is {most}", "max_price")
             quote = quoted.to_json()

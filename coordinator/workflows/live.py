@@ -44,7 +44,11 @@ from protocol.prices import format_credits
 
 LOST = frozenset({"coordinator_lost", "books_unavailable", "expired"})  # how jobs fail without their own doing
 _FOR_GOOD = frozenset({Code.BAD_INPUT, Code.NO_TOOLS, Code.CONTEXT_LENGTH})  # another try would come to the same
-_CACHE = {CacheMode.USE: CacheUse(), CacheMode.REFRESH: CacheUse(reads=False), CacheMode.OFF: CacheUse(reads=False, writes=False)}
+_CACHE = {
+    CacheMode.USE: CacheUse(is_exact=True),
+    CacheMode.REFRESH: CacheUse(reads=False),
+    CacheMode.OFF: CacheUse(reads=False, writes=False),
+}
 _TIMEOUT_SLACK = 0.95  # a job that was ended after so much of its step's time was ended for that
 
 TIMEOUT, CANCELLED, BAD_VALUE, OVER_PRICE, OUTPUT_GONE = "timeout", "cancelled", "bad_value", "over_max_price", "output_expired"
@@ -317,9 +321,9 @@ class LiveFlow:
             self.state.failed(task, refusal.code.value, refusal.message, refusal.code not in _FOR_GOOD, trio.current_time())
             return
         except BooksRefused as refused:
-            if refused.why is not Why.NO_CREDIT:
+            if refused.why is Why.NOT_OWNER:
                 raise
-            self.state.failed(task, refused.why.value, refused.message, True, trio.current_time())
+            self.state.failed(task, refused.why.value, refused.message, refused.why is Why.NO_CREDIT, trio.current_time())
             return
         finally:
             self._reserved -= reserved

@@ -135,7 +135,23 @@ def test_another_question_in_its_place() -> None:
     other = with_question(request, "Who?")
     assert question_of(other) == "Who?" and other.messages[0] == request.messages[0] and other.sampling == request.sampling
     (prompt,) = schema.parse_completion({"model": "echo", "prompt": "Where?"}, 1).choices
-    assert question_of(prompt) == "Where?" and with_question(prompt, "Who?").prompt == "Who?"
+    assert question_of(prompt) == "" and with_question(prompt, "Who?") == prompt  # it is no question
+
+
+def test_a_prompt_counts_as_it_is_written() -> None:
+    def keyed(prompt: str) -> CacheAsk:
+        body = {"model": "echo", "prompt": prompt, "temperature": 0}
+        return known(ask_of("echo", schema.parse_completion(body, 1).choices[0], body, "ann", "", USUAL))
+
+    texts = ("Where is Paris?", "where is paris?", "Where is  Paris?", "Where is Paris? ", "Where is Paris?\n", "")
+    asks = [keyed(text) for text in texts]
+    assert len({ask.key for ask in asks}) == len(texts) and {(ask.question, ask.context) for ask in asks} == {("", b"")}
+    assert keyed(texts[0]).key == asks[0].key
+
+
+def test_no_other_wording_stands_in_where_letters_count() -> None:
+    assert asked("How many spaces are in a  b").context == asked("Sort these names:\nMary Ann\nBob").context == b""
+    assert asked("Where is Rome?").context != b""
 
 
 def lines(given: dict[str, Any], seed: bytes = bytes(16)) -> CacheAsk:

@@ -17,7 +17,7 @@ HOMES = {module.__name__.rpartition(".")[2]: module for module in (asking, budge
 
 def test_parameters() -> None:
     rows = dict(re.findall(r"^\| `([a-z]*\.?[A-Z_]+)` \| ([0-9.,]+) \|", PAGE, re.MULTILINE))
-    assert len(rows) == 19
+    assert len(rows) == 21
     for name, written in rows.items():
         home, _, constant = name.rpartition(".")
         assert getattr(HOMES.get(home, limits), constant) == float(written.replace(",", "")), name
