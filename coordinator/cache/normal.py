@@ -127,6 +127,9 @@ def starts_sentence(text: str, at: int) -> bool:
     return not before.strip() or _SENTENCE_END.search(before) is not None
 
 
+_SHORT_WORDS = frozenset("am an as at be by do go he if in is it me my no of on or so to up us we".split())  # as in a title
+
+
 def folded_word(word: str, is_first: bool, shouts: bool) -> str:
     """A word in small letters, unless its capitals may mean something. Not ``casefold``: that makes Masse of Maße."""
     small = word.lower()
@@ -134,6 +137,8 @@ def folded_word(word: str, is_first: bool, shouts: bool) -> str:
         return small
     if len(word) == 1:
         return small if is_first or word == "I" else word
+    if len(word) == 2 and small not in _SHORT_WORDS and not is_first:  # units and symbols: Pa, Mb, Hz, Xi
+        return word
     if word[1:] != word[1:].lower():  # USA, iPhone, getValue, McDonald
         return word
     return word if not is_first and _may_be_name(small) else small

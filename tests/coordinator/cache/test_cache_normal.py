@@ -231,3 +231,9 @@ def test_a_long_text_is_left_alone_and_quickly() -> None:
     for sign in ("“", "```", "`a", "'a ", "a\n", "ABC ", '"a', " ", ";"):
         normalise(sign * 30_000)
     assert time.process_time() - started_s < 3  # linear: about 0.2 s
+
+
+@pytest.mark.parametrize(("one", "other"), [("What is 1 Pa?", "What is 1 pa?"), ("How many Mb in a Gb?", "How many mb in a gb?")])
+def test_units_are_read_as_they_are_written(one: str, other: str) -> None:
+    assert normalise(one) != normalise(other)
+    assert normalise("What Is Gravity?") == normalise("what is gravity?")
