@@ -163,7 +163,8 @@ def test_what_is_wrong_is_said_with_the_way_out(network: LocalNetwork, publisher
     at = ("--coordinator", url, "--api-key", key)
     books = ("--data-dir", str(network.node("coordinator").data_dir))
     broken = tmp_path / "broken.cargo"
-    broken.write_bytes(file.read_bytes()[:-1] + b"\0")
+    whole = file.read_bytes()
+    broken.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     cases: list[tuple[str, tuple[str, ...]]] = [
         ("say which Coordinator", ("publish", str(file))),
         ("an API key is needed", ("publish", str(file), "--coordinator", url)),
