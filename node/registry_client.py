@@ -25,22 +25,27 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         """Raises HTTPError in whoever opened the request."""
 
 
+def opener_of(url: str, ca_file: str | None) -> urllib.request.OpenerDirector:
+    """What asks a Coordinator at this address, and follows no redirect. Raises ConfigError."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"--coordinator takes the Coordinator's URL here, such as http://127.0.0.1:8080, not {url[:100]!r}")
+    try:
+        context = ssl.create_default_context(cafile=ca_file) if parts.scheme == "https" else None
+    except OSError as error:
+        raise ConfigError(f"--ca-file {ca_file} cannot be read: {error.strerror}") from error
+    handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
+    if context is not None:
+        handlers.append(urllib.request.HTTPSHandler(context=context))
+    return urllib.request.build_opener(*handlers)
+
+
 class RegistryClient:
     """Every method raises ConfigError that says what to do."""
 
     def __init__(self, url: str, api_key: str = "", ca_file: str | None = None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"--coordinator takes the Coordinator's URL here, such as http://127.0.0.1:8080, not {url[:100]!r}")
         self._url, self._api_key = url.rstrip("/"), api_key
-        try:
-            context = ssl.create_default_context(cafile=ca_file) if parts.scheme == "https" else None
-        except OSError as error:
-            raise ConfigError(f"--ca-file {ca_file} cannot be read: {error.strerror}") from error
-        handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
-        if context is not None:
-            handlers.append(urllib.request.HTTPSHandler(context=context))
-        self._opener = urllib.request.build_opener(*handlers)
+        self._opener = opener_of(url, ca_file)
 
     def __repr__(self) -> str:
         return f"<RegistryClient {self._url}>"
@@ -75,7 +80,7 @@ class RegistryClient:
         request = urllib.request.Request(self._url + path, data=body, headers=headers, method=method)
         try:
             with self._opener.open(request, timeout=TIMEOUT_S) as answer:
-                return _object(answer.read(_ANSWER_BYTES_MAX))
+                return object_of(answer.read(_ANSWER_BYTES_MAX))
         except urllib.error.HTTPError as error:
             raise ConfigError(f"{self._url} refuses: {_message(error)}") from None
         except (OSError, HTTPException) as error:
@@ -85,7 +90,8 @@ class RegistryClient:
             raise ConfigError(f"{self._url} does not answer like a Coordinator; check the address") from None
 
 
-def _object(data: bytes) -> dict[str, Any]:
+def object_of(data: bytes) -> dict[str, Any]:
+    """Raises ValueError for what is no JSON object."""
     value = json.loads(data)
     if not isinstance(value, dict):
         raise ValueError("no object")
@@ -95,7 +101,7 @@ def _object(data: bytes) -> dict[str, Any]:
 def _message(error: urllib.error.HTTPError) -> str:
     """What the API says, in its own words where it has any."""
     try:
-        said = _object(error.read(_ANSWER_BYTES_MAX))["error"]
+        said = object_of(error.read(_ANSWER_BYTES_MAX))["error"]
         text = f"{said['message']} ({said['code']})"
     except (ValueError, KeyError, TypeError, OSError):
         text = f"status {error.code}"

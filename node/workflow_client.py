@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from http.client import HTTPException, HTTPMessage
-from typing import IO, Any
-from urllib.parse import quote, urlencode, urlsplit
+from http.client import HTTPException
+from typing import Any
+from urllib.parse import quote, urlencode
 
+from node.registry_client import object_of, opener_of
 from protocol.errors import ConfigError
 
 TIMEOUT_S = 60.0
@@ -27,29 +27,12 @@ class StreamLost(Exception):
     """A stream broke off before its end; it may be opened again."""
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(
-        self, request: urllib.request.Request, file: IO[bytes], code: int, message: str, headers: HTTPMessage, url: str
-    ) -> None:
-        """Raises HTTPError in whoever opened the request."""
-
-
 class WorkflowClient:
     """Every method raises ConfigError that says what to do."""
 
     def __init__(self, url: str, api_key: str, ca_file: str | None = None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"--coordinator takes the Coordinator's URL here, such as http://127.0.0.1:8080, not {url[:100]!r}")
         self._url, self._api_key = url.rstrip("/"), api_key
-        try:
-            context = ssl.create_default_context(cafile=ca_file) if parts.scheme == "https" else None
-        except OSError as error:
-            raise ConfigError(f"--ca-file {ca_file} cannot be read: {error.strerror}") from error
-        handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
-        if context is not None:
-            handlers.append(urllib.request.HTTPSHandler(context=context))
-        self._opener = urllib.request.build_opener(*handlers)
+        self._opener = opener_of(url, ca_file)
 
     def __repr__(self) -> str:
         return f"<WorkflowClient {self._url}>"
@@ -89,7 +72,7 @@ class WorkflowClient:
             try:
                 for line in answer:
                     if line.startswith(b"data: "):
-                        event = _object(line[len(b"data: ") :])
+                        event = object_of(line[len(b"data: ") :])
                         ended = event.get("type") == "complete"
                         yield event
             except (OSError, HTTPException, ValueError) as error:
@@ -114,24 +97,17 @@ class WorkflowClient:
     def _json(self, method: str, path: str, body: object = None, more: Mapping[str, str] | None = None) -> dict[str, Any]:
         try:
             with self._open(method, path, body, more) as answer:
-                return _object(answer.read(_ANSWER_BYTES_MAX))
+                return object_of(answer.read(_ANSWER_BYTES_MAX))
         except (OSError, HTTPException) as error:
             raise ConfigError(f"{self._url} broke the connection off ({error}); ask again") from None
         except ValueError:
             raise ConfigError(f"{self._url} does not answer like a Coordinator; check the address") from None
 
 
-def _object(data: bytes) -> dict[str, Any]:
-    value = json.loads(data)
-    if not isinstance(value, dict):
-        raise ValueError("no object")
-    return value
-
-
 def _message(error: urllib.error.HTTPError) -> str:
     """What the API says, in its own words where it has any."""
     try:
-        said = _object(error.read(_ANSWER_BYTES_MAX))["error"]
+        said = object_of(error.read(_ANSWER_BYTES_MAX))["error"]
         where = f" at {said['param']}" if said.get("param") and said["param"] not in said["message"] else ""
         text = f"{said['message']}{where} ({said['code']})"
     except (ValueError, KeyError, TypeError, OSError):

@@ -29,6 +29,7 @@ from runtimes.container.client import (
 from runtimes.container.command import Container, create_command, remove_command, start_command, state_command
 from runtimes.container.engines import ContainerEngine
 from runtimes.container.verdict import ENDED_WELL, State, judge, not_started, parse_state, timed_out
+from runtimes.error_groups import only_error
 
 STDERR_BYTES_MAX = 16 * 1024  # of what a Cargo writes there; the rest is dropped
 _READ_BYTES = 64 * 1024
@@ -211,11 +212,3 @@ async def remove_containers(engine: ContainerEngine, names: tuple[str, ...]) -> 
 def is_gone(complaint: str) -> bool:
     """Whether an engine refuses to remove a container since there is none."""
     return "no such container" in complaint.lower() or "no container with name or id" in complaint.lower()
-
-
-def only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The one error in a group of one: our nursery is not the caller's business."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
