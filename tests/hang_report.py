@@ -52,9 +52,11 @@ class HangReport:
             running = self._running
             if running is not None and running != reported and time.monotonic() - running[1] > self._report_s:
                 reported = running
-                _say(f"\n{running[0]} has run for {time.monotonic() - running[1]:.0f} s.\n{processes()}")
-                faulthandler.dump_traceback(2)
+                _say(f"\n{running[0]} has run for {time.monotonic() - running[1]:.0f} s.")
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
+                time.sleep(_PERIOD_S)
+                faulthandler.dump_traceback(2)
+                _say(processes())
 
 
 def _say(text: str) -> None:
@@ -62,9 +64,10 @@ def _say(text: str) -> None:
 
 
 def processes() -> str:
-    """All but the kernel's own, which are children of 2."""
-    command = ["ps", "-N", "--ppid", "2", "-o", "pid,ppid,stat,etimes,wchan:20,args", "--cols", "220"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    """All but the kernel's own, which are children of 2, and those that have ended and only wait to be asked."""
+    command = ["ps", "-N", "--ppid", "2", "-o", "pid,ppid,stat,etimes,wchan:20,args", "--cols", "150"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    return "\n".join(line for line in lines if not line.endswith("<defunct>"))
 
 
 def say_tasks(*_: object) -> None:

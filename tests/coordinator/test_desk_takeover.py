@@ -118,6 +118,8 @@ async def test_a_chat_dies_with_its_coordinator_and_its_retry_runs_elsewhere(dat
             nursery.start_soon(ask, {})
             nursery.start_soon(ask, {**KEY})
             await until(lambda: hung.open_now == 2)
+            while len(await rows(second)) < 2:  # an Island may begin before its job is written
+                await trio.sleep(0)
             error_of(await chat(second, KEY), 409, "idempotency_key_in_use")
             await first.kill()
         answer = await chat(second, AGAIN)  # waits until it is known that the first has died

@@ -298,8 +298,6 @@ async def _answers_garbage(stream: Any) -> None:
 @pytest.mark.parametrize("index", [0, 1, 2])
 @pytest.mark.parametrize("name", OPENINGS)
 async def test_a_stage_that_does_not_open_is_named(name: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "HELLO_TIMEOUT_S", 0.4)
-    monkeypatch.setattr(limits, "ROUTE_OPEN_S", 0.6)
     async with open_stage_net() as net:
         route, driver = await net.ring(4)
         good = route[index]
@@ -307,8 +305,11 @@ async def test_a_stage_that_does_not_open_is_named(name: str, index: int, monkey
         bad.host.set_handler(STAGE_PROTOCOL, STAGE, OPENINGS[name])
         sequence = driver.begin(1, net.ticket(route, "job-1"))
         async with trio.open_nursery() as nursery:
-            came = driver.step_nowait(nursery, (sequence, 0, [1, 2]))
-            await wait_until(lambda: driver.broken)
+            with monkeypatch.context() as patched:
+                patched.setattr(limits, "HELLO_TIMEOUT_S", 1.0)
+                patched.setattr(limits, "ROUTE_OPEN_S", 1.5)
+                came = driver.step_nowait(nursery, (sequence, 0, [1, 2]))
+                await wait_until(lambda: driver.broken)
             assert driver.broken[0][0] == index and bad.peer in f"{driver.broken[0][2]} {driver.driver.last_break}"
             route[index] = good
             driver.driver.mended(1, net.ticket(route, "job-1"))
