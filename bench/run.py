@@ -46,6 +46,8 @@ NAMES = (
     "cache",
     "cache_quality",
     "workflows",
+    "ab_simulation",
+    "ab_assignment",
 )
 _RESULTS = Path(__file__).parent / "results"
 

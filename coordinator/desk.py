@@ -23,6 +23,7 @@ from typing import Protocol
 import trio
 
 from coordinator.books import job_queries
+from coordinator.books.ab_units import CACHE_SOURCE, unit_of
 from coordinator.books.books import Books
 from coordinator.books.errors import BooksRefused, BooksUnavailable, Why
 from coordinator.books.jobs import Earned, Job, JobState, OpenJob, Outcome, Placed, RecordJob, SettleJob, StartJob
@@ -40,11 +41,12 @@ from coordinator.orders import Identity, JobCancelled, LiveJob, Opened, Order, T
 from coordinator.transcript import Transcript, replay
 from privacy.sealed_rows import NONCE_BYTES, RowSealer, SealBroken
 from protocol import checks, limits
+from protocol.cargo_io import ImageLine, TokenLine
 from protocol.errors import Refused
 
 log = logging.getLogger(__name__)
 
-CACHED = "cache"  # where the bid of a job comes from that cost nothing
+CACHED = CACHE_SOURCE  # where the bid of a job comes from that cost nothing
 HOLD_SLACK_S = 3600.0  # a hold outlives the longest job by this; then nobody will settle it any more
 UNSETTLED_MAX = 10_000  # jobs that wait for the books to come back; their holds release themselves beyond that
 POLL_S = 0.25  # how often a job that another Coordinator runs is looked at
@@ -53,8 +55,11 @@ POLL_S = 0.25  # how often a job that another Coordinator runs is looked at
 class Bidding(Protocol):
     """The market, as far as the desk needs it."""
 
-    async def bid(self, account: str, cargo: str, work: Work, explicit: int | None) -> tuple[Bid, int | None]:
-        """The bid of a request, and the least that it may be cut to where the account has less; None: the request says it itself."""
+    async def bid(
+        self, account: str, cargo: str, work: Work, explicit: int | None, content_hash: str = ""
+    ) -> tuple[Bid, int | None]:
+        """The bid of a request, for a version of a Cargo where one is named, and the least that it may be cut to where the account has
+        less; None: the request says it itself."""
         ...
 
     async def quote(self, account: str, quote_id: str, cargo: str, work: Work) -> Quote:
@@ -140,7 +145,8 @@ class Desk:
         if quote is not None:
             bid_micros, source, floor = quote.price_micros, "quote", None
         else:
-            bid, floor = await self._market.bid(order.account, order.spec.cargo, order.work, order.bid_micros)
+            spec = order.spec
+            bid, floor = await self._market.bid(order.account, spec.cargo, order.work, order.bid_micros, spec.content_hash)
             bid_micros, source = bid.micros, bid.source.value
         opening = self._opening(order, bid_micros, source, floor)
         if self._may_run_meanwhile(order, bid_micros):
@@ -189,6 +195,9 @@ class Desk:
             can_rerun=bool(order.input),
             input=self._seal(order.input, spec.job_id) if order.input else b"",
             parent=order.parent,
+            ab_test=order.arm.test if order.arm is not None else "",
+            ab_arm=order.arm.variant if order.arm is not None else "",
+            ab_unit=order.arm.unit if order.arm is not None else "",
         )
         hold_ms = int((self._job_timeout_s * limits.JOB_TRIES_MAX + HOLD_SLACK_S) * 1000)
         key_ms = now_ms + int(max(order.keep_s, self._retry_window_s) * 1000)
@@ -298,7 +307,7 @@ class Desk:
 
         Raises what the dispatcher raised, once the hold is released; JobCancelled, TakenOver.
         """
-        live = self.live[opened.job.id] = LiveJob(opened.job, opened.opening)
+        live = self.live[opened.job.id] = LiveJob(opened.job, opened.opening, begun_s=trio.current_time())
         try:
             with live.scope:
                 return await self._perform(live, opened, order, emit)
@@ -322,6 +331,8 @@ class Desk:
             is_last = isinstance(event, ChoiceResult) and len(transcript.results) == len(spec.choices)
             if order.delivers and not (is_last or isinstance(event, Accepted)):
                 await live.wait_open()  # no word reaches the Consumer before the hold is on disk; the last one waits for the bill anyway
+            if not live.first_word_s and _is_word(event):
+                live.first_word_s = trio.current_time()
             if isinstance(event, ChoiceResult):
                 meter.choice(event.choice).ended_s = trio.current_time()
             if order.input and (state := _entered(event, live.job.state)) is not None:
@@ -382,6 +393,7 @@ class Desk:
         output, expires_at_ms = b"", 0
         if order.keep_s > 0:
             output, expires_at_ms = self._seal(transcript.pack(), job.id), now_ms + int(order.keep_s * 1000)
+        latency_us, first_word_us = live.times_us(now_s) if job.ab_test else (0, 0)
         outcome = Outcome(
             JobState.SUCCEEDED,
             prompt_tokens=sum(result.prompt_tokens for result in results),
@@ -390,6 +402,8 @@ class Desk:
             output=output,
             result_expires_at_ms=expires_at_ms,
             placed=_placed(meter),
+            latency_us=latency_us,
+            first_word_us=first_word_us,
         )
         settled = await self._settle(live, outcome, tuple(each for choice in earned for each in choice), _failed(meter))
         for result, choice in zip(results, earned, strict=True):
@@ -435,7 +449,7 @@ class Desk:
         if opening is None or not opening.waits:
             await live.wait_open()
         job, me = live.job, self.me
-        settling = SettleJob(job.id, job.account, job.cargo, me.owner, me.boot, outcome, earned, failed)
+        settling = SettleJob(job.id, job.account, job.cargo, me.owner, me.boot, outcome, earned, failed, unit_of(job))
         try:
             if live.opening is None:
                 live.job = await self.books.do(settling)
@@ -528,6 +542,11 @@ def _entered(event: Event, state: JobState) -> JobState | None:
     if isinstance(event, Text | Said) and state is not JobState.RUNNING:
         return JobState.RUNNING
     return None
+
+
+def _is_word(event: Event) -> bool:
+    """Whether it is of the answer itself, not of how far it is."""
+    return isinstance(event, Text) or (isinstance(event, Said) and isinstance(event.line, TokenLine | ImageLine))
 
 
 def _placed(meter: Meter) -> Placed | None:

@@ -242,6 +242,7 @@ class Dispatcher:
             waits_for_price=spec.patience_s is not None,
             job_id=spec.job_id,
             group=spec.group,
+            content_hash=spec.content_hash,
         )
 
     async def _place(self, spec: JobSpec, progress: _Progress) -> Placement:

@@ -22,7 +22,7 @@ from coordinator.books.jobs import ENDED, Job, JobState, WantCancel
 from coordinator.desk import POLL_S, Desk
 from coordinator.dispatch import Emit
 from coordinator.exchange.quotes import Quote
-from coordinator.jobs import Accepted, CacheHit, ChoiceResult, Event, Said, Text
+from coordinator.jobs import Accepted, Assigned, CacheHit, ChoiceResult, Event, Said, Text
 from coordinator.orders import JobCancelled, Opened, Order, TakenOver
 from protocol.cargo_io import DoneLine, ImageLine
 from protocol.errors import ArchipelagError, Refused
@@ -50,7 +50,7 @@ class Output:
     done: DoneLine
 
 
-JobEvent = StateChange | Text | Said | Output | CacheHit
+JobEvent = StateChange | Text | Said | Output | CacheHit | Assigned
 
 
 class Cache(Protocol):
@@ -62,6 +62,20 @@ class Cache(Protocol):
 
     async def run(self, order: Order, emit: Emit) -> None:
         """As Desk.run."""
+        ...
+
+
+class Router(Protocol):
+    """Chooses the version of a Cargo that a request gets."""
+
+    def assign(self, order: Order) -> Order: ...
+
+    def note_cached(self, order: Order) -> None:
+        """The answer of an order that was assigned came from the cache."""
+        ...
+
+    async def run(self, order: Order, emit: Emit) -> None:
+        """As Desk.run, for an order that was not assigned yet."""
         ...
 
 
@@ -117,10 +131,12 @@ def said_in(events: Iterable[Event]) -> list[Text | Said | Output]:
 class JobBoard:
     """Runs on trio; ``run`` owns the background tasks."""
 
-    def __init__(self, desk: Desk, restore: Callable[[Job, bytes], Order], cache: Cache | None = None) -> None:
+    def __init__(
+        self, desk: Desk, restore: Callable[[Job, bytes], Order], cache: Cache | None = None, router: Router | None = None
+    ) -> None:
         """``restore(job, input)`` makes the order of a job again that another run of a Coordinator had accepted; ``cache``: in front of the
-        desk."""
-        self._desk, self._restore, self._cache = desk, restore, cache
+        desk; ``router``: in front of both, it chooses versions."""
+        self._desk, self._restore, self._cache, self._router = desk, restore, cache, router
         self._feeds: dict[str, Feed] = {}
         self._nursery: trio.Nursery | None = None
         self._opening = trio.CapacityLimiter(_OPENED_AT_ONCE_MAX)
@@ -141,7 +157,11 @@ class JobBoard:
 
         Raises BooksRefused or BooksUnavailable.
         """
+        if self._router is not None:
+            order = self._router.assign(order)
         if self._cache is not None and (events := await self._cache.look(order)) is not None:
+            if self._router is not None:
+                self._router.note_cached(order)
             return await self._desk.record(order, events)
         opened = await self._desk.open(order, waits=False)
         if opened.earlier is None:
@@ -166,10 +186,10 @@ class JobBoard:
                 if state is not JobState.RUNNING:
                     await send(StateChange(JobState.RUNNING))
                 await send(Output(event.done))
-            elif isinstance(event, CacheHit):
+            elif isinstance(event, CacheHit | Assigned):
                 await send(event)
 
-        await (self._cache or self._desk).run(order, emit)
+        await (self._router or self._cache or self._desk).run(order, emit)
         await send(StateChange(JobState.SUCCEEDED))
 
     def resume(self, job: Job, quote: Quote | None = None) -> bool:

@@ -19,7 +19,8 @@ class JobSpec:
 
     ``cache_salt``: 32 bytes of the account. ``job_id`` stands in tickets, headers and logs. ``price_max_micros``: what a choice may cost,
     None for any price. ``island``: where a quote has promised to run it. ``avoid``: Islands that are not to run it.
-    ``group``: jobs of one group spread over Islands, where that costs little.
+    ``group``: jobs of one group spread over Islands, where that costs little. ``content_hash``: only this version of the Cargo; empty for
+    what its name stands for.
     """
 
     job_id: str
@@ -34,6 +35,7 @@ class JobSpec:
     avoid: frozenset[str] = frozenset()
     group: str = ""
     patience_s: float | None = None  # how long it waits for an Island; None: as the Coordinator is set
+    content_hash: str = ""
 
     def __post_init__(self) -> None:
         if not self.choices:
@@ -134,11 +136,19 @@ class CachePassed:
 
 
 @dataclass(frozen=True, slots=True)
+class Assigned:
+    """The request counts for an A/B test, in the arm of this name."""
+
+    test: str
+    variant: str
+
+
+@dataclass(frozen=True, slots=True)
 class CacheWaits:
     """An equal question of the same account is under way; its answer is waited for."""
 
 
-Event = Accepted | Text | Said | ChoiceResult | Settled | Replayed | CacheHit | CachePassed | CacheWaits
+Event = Accepted | Text | Said | ChoiceResult | Settled | Replayed | CacheHit | CachePassed | CacheWaits | Assigned
 
 
 @dataclass(slots=True)

@@ -78,9 +78,11 @@ class MarketShell:
 
     # ---- bids
 
-    async def bid(self, account: str, cargo: str, work: Work, explicit: int | None) -> tuple[Bid, int | None]:
+    async def bid(
+        self, account: str, cargo: str, work: Work, explicit: int | None, content_hash: str = ""
+    ) -> tuple[Bid, int | None]:
         """See desk.Bidding. Raises BooksUnavailable."""
-        there = self._placer.price_range(cargo, work.prompt_tokens, work.output_tokens, work.job_s_max)
+        there = self._placer.price_range(cargo, work.prompt_tokens, work.output_tokens, work.job_s_max, content_hash)
         prices = AskPrices(_times(there.cheapest, work.choices), _times(there.median, work.choices))
         saved = None if explicit is not None else await self._saved_bid(account, cargo)
         market = self._markets.market(cargo, None, self._placer.queued(cargo), there.slots, self._clock_ms())

@@ -35,11 +35,21 @@ class TakenOver(Refused):
 
 
 @dataclass(frozen=True, slots=True)
+class AbArm:
+    """Which arm of which A/B test a request is in, and as which unit; ``variant`` is the arm's name."""
+
+    test: str
+    variant: str
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
 class Order:
     """A request that has passed all checks. ``delivers``: its words reach the Consumer as they come, so what was delivered counts even when
     the end does not come. ``keep_s``: how long the answer is kept. ``check``: is told each event before it counts, and raises Refused for
     what is no answer to the request. ``cache``: how the cache of answers is to be asked; None: not at all. ``parent``: the run that the job
-    is a part of; that run sees to it that what its Coordinator leaves is done again, under another id."""
+    is a part of; that run sees to it that what its Coordinator leaves is done again, under another id. ``user``: whom of its account it is
+    for, as the client says it; ``arm``: of the A/B test that it counts for."""
 
     spec: JobSpec
     work: Work
@@ -56,6 +66,8 @@ class Order:
     check: Callable[[Event], None] = lambda event: None
     cache: CacheAsk | None = None
     parent: str = ""
+    user: str = ""
+    arm: AbArm | None = None
 
     @property
     def account(self) -> str:
@@ -77,14 +89,21 @@ class Opened:
 @dataclass(slots=True)
 class LiveJob:
     """A job that this Coordinator runs now. ``opening``: until it is in the books. ``is_lost``: they say that it is another's by now.
-    ``was_read``: somebody has watched its words come."""
+    ``was_read``: somebody has watched its words come. ``begun_s``, ``first_word_s``: by trio's clock, 0.0: not yet."""
 
     job: Job
     opening: Opening | None = None
     is_lost: bool = False
     was_read: bool = False
+    begun_s: float = 0.0
+    first_word_s: float = 0.0
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     ended: trio.Event = field(default_factory=trio.Event)
+
+    def times_us(self, now_s: float) -> tuple[int, int]:
+        """From its beginning to now, and to its first word (0: there was none), in microseconds."""
+        first_us = max(1, int((self.first_word_s - self.begun_s) * 1_000_000)) if self.first_word_s else 0
+        return int((now_s - self.begun_s) * 1_000_000), first_us
 
     async def wait_open(self) -> None:
         """Raises BooksRefused or BooksUnavailable where it has not come into the books."""

@@ -221,13 +221,21 @@ class Placer:
         """Of all that is offered under a name now."""
         return self._columns(cargo).content_hashes()
 
-    def price_range(self, cargo: str, prompt_tokens: int, output_tokens: int, job_s_max: float) -> PriceRange:
-        """What Islands ask for such a job now. The cheapest is one with a free slot, where there is one: a bid that reaches only an
-        Island that is full would wait beside idle ones."""
+    def price_range(
+        self, cargo: str, prompt_tokens: int, output_tokens: int, job_s_max: float, content_hash: str = ""
+    ) -> PriceRange:
+        """What Islands ask for such a job now; for this version, or for the one that the name stands for. The cheapest is one with a free
+        slot, where there is one: a bid that reaches only an Island that is full would wait beside idle ones."""
         facts = self._columns(cargo)
         if not len(facts):
             return PriceRange()
         chosen = facts.is_staying & facts.is_approved
+        try:
+            version = self._pinned(Wish(cargo, 0, content_hash=content_hash)).content_hash
+        except NotPlaced:
+            return PriceRange()
+        if version:
+            chosen = chosen & facts.has_content(version)
         prices = facts.prices(prompt_tokens, output_tokens, job_s_max)
         if not chosen.any():
             return PriceRange()

@@ -44,6 +44,7 @@ class Deck:
         self._sandbox: Sandbox | None = None
         self._containers: Runtimes | None = None
         self.cargos: dict[str, OnDeck] = {}
+        self._leaving: dict[str, OnDeck] = {}  # by address: no longer offered, but open for the jobs that still run
 
     def __repr__(self) -> str:
         return f"<Deck {', '.join(self.cargos) or 'empty'}>"
@@ -75,11 +76,26 @@ class Deck:
         self.cargos[name] = OnDeck(name, cargo)
 
     async def load(self, manifest: CargoManifest, address: str, files: Mapping[str, Path]) -> OnDeck:
-        """Opens a Cargo and keeps it open until it is taken down. Raises ConfigError."""
+        """Opens a Cargo and keeps it open until it is taken down; another release of its name leaves. Raises ConfigError."""
         opened = open_cargo(manifest, address, files, await self._runtimes_for(manifest), self._grants)
         on_deck: OnDeck = await self._nursery.start(self._keep, opened, manifest, address, files)
-        self.cargos[manifest.name] = on_deck
+        self.stay(on_deck)
         return on_deck
+
+    def stay(self, on_deck: OnDeck) -> None:
+        """One that is open is what its name stands for here, from now on or again."""
+        self._leaving.pop(on_deck.address, None)
+        before = self.cargos.get(on_deck.name)
+        if before is not None and before is not on_deck:
+            self.leave(before)
+        self.cargos[on_deck.name] = on_deck
+
+    def leave(self, on_deck: OnDeck) -> bool:
+        """It is offered no more, and stays open until it is taken down. Whether it is open at all."""
+        if self.cargos.get(on_deck.name) is on_deck:
+            del self.cargos[on_deck.name]
+            self._leaving[on_deck.address] = on_deck
+        return self._leaving.get(on_deck.address) is on_deck
 
     async def _keep(
         self,
@@ -99,13 +115,16 @@ class Deck:
             down.set()
 
     def of_address(self, address: str) -> OnDeck | None:
-        return next((on_deck for on_deck in self.cargos.values() if on_deck.address == address), None)
+        """The open Cargo of an address, also one that is leaving."""
+        found = next((on_deck for on_deck in self.cargos.values() if on_deck.address == address), None)
+        return found or self._leaving.get(address)
 
     def take_down(self, address: str) -> OnDeck | None:
         """The Cargo of this address, which is no longer on deck; None where there is none."""
         on_deck = self.of_address(address)
         if on_deck is not None:
-            del self.cargos[on_deck.name]
+            self.leave(on_deck)
+            del self._leaving[address]
             on_deck.take_down()
         return on_deck
 

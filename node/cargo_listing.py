@@ -1,8 +1,9 @@
 """A Coordinator's registry and the network's news, kept alike: what is approved is listed for all, what was revoked anywhere is so here.
 
-What the registry lists gets this Coordinator's ``Listing`` and goes out as a notice; so does every revocation of the registry, with the
-delegation of whichever Coordinator has signed it. The other way, a publisher's revocation that came from the network goes into the
-registry, so that every Coordinator of the database heeds it, and those that come later.
+What the registry lists gets this Coordinator's ``Listing`` and goes out as a notice; so does every revocation of the registry, and the
+newest promotion of each name, with the delegation of whichever Coordinator has signed it. The other way, a publisher's revocation that came
+from the network goes into the registry, so that every Coordinator of the database heeds it, and those that come later. Promotions do not:
+what a name stands for at a Coordinator is what its own database says, where the name's owner is known.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from coordinator.books.errors import BooksUnavailable
-from coordinator.registry import Entry, KnownRevocation, Registry
+from coordinator.registry import Entry, KnownPromotion, KnownRevocation, Registry
 from node.cargo_news import CargoNews
 from protocol.cargo_news import (
     LISTING_VERSION,
@@ -68,14 +69,16 @@ class CargoListing:
             self._tried.update(map(key_of, untold))
 
     def _untold(self) -> list[Notice]:
-        """Revocations first. What was not taken is not tried again."""
+        """Revocations first, then promotions, so that nobody takes a candidate for what its name stands for. What was not taken is not
+        tried again."""
 
         def is_new(about: About, key: bytes) -> bool:
             return key not in self._news.known[about] and key not in self._tried
 
         revoked = [one for one in self._registry.revocations() if is_new(About.REVOCATION, revocation_key(one.signed))]
+        promoted = [one for one in self._registry.promotions() if is_new(About.PROMOTION, one.signed.key)]
         listed = [one for one in self._registry.entries() if one.is_listed and is_new(About.CARGO, cargo_key(one.cargo.address))]
-        return [*map(_revocation, revoked), *map(self._listed, listed)]
+        return [*map(_revocation, revoked), *map(_promotion, promoted), *map(self._listed, listed)]
 
     def _listed(self, entry: Entry) -> Notice:
         listing = Listing(LISTING_VERSION, self._network, entry.cargo.address, self._clock_ms())
@@ -101,3 +104,7 @@ class CargoListing:
 
 def _revocation(one: KnownRevocation) -> Notice:
     return Notice(About.REVOCATION, one.signed.envelope, b"", one.delegation)
+
+
+def _promotion(one: KnownPromotion) -> Notice:
+    return Notice(About.PROMOTION, one.signed.envelope, b"", one.delegation)

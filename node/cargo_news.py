@@ -4,9 +4,12 @@ Theory of operation. Notices come from neighbours (cargo_links.py), from gossip,
 once, whoever brings it. A revocation that counts is on the disk before it takes effect and before it is passed on, so a node that is killed
 at any moment has not forgotten what it has acted on, nor what others have from it. Cargos themselves are kept as well as may be.
 
+A promotion (protocol/cargo_promotions.py) is kept like a revocation, and takes the place of the one before it of the same name, in memory
+and on the disk: so whatever old one comes again, after a restart too, moves no name back.
+
 Rules. Checking signatures happens outside the lock and lets others have their turn after each, so who sends rubbish delays nobody. Only
-what counts is written, passed on, or waits for the lock: Cargos that a Coordinator of our network has listed, revocations by one, and those
-of publishers whose Cargo is here. A disk that is full keeps no revocation from taking effect.
+what counts is written, passed on, or waits for the lock: Cargos that a Coordinator of our network has listed, revocations and promotions by
+one, and revocations by publishers whose Cargo is here. A disk that is full keeps no revocation from taking effect.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from node.bookkeeper import now_ms
 from node.notice_store import NoticeStore
 from protocol import limits
 from protocol.cargo_news import NOTICE, About, Keyed, Notice, Told, cargo_key, read_notice, revocation_key
+from protocol.cargo_promotions import SignedPromotion
 from protocol.cargo_shelf import CargoRefused, CargoShelf, Standing, Why
 from protocol.cargos import SignedCargo, SignedRevocation
 from protocol.errors import RemoteProtocolError
@@ -88,7 +92,7 @@ class CargoNews:
 
     def status(self) -> dict[str, int]:
         cargos, revocations = len(self.known[About.CARGO]), len(self.known[About.REVOCATION])
-        return {"cargos": cargos, "revocations": revocations, **asdict(self.counts)}
+        return {"cargos": cargos, "revocations": revocations, "promotions": len(self.known[About.PROMOTION]), **asdict(self.counts)}
 
     # -- questions
 
@@ -110,8 +114,12 @@ class CargoNews:
         except CargoRefused:
             return None
 
+    def stands_for(self, name: str) -> SignedCargo | None:
+        """The Cargo that a name stands for now; None where none of it may run."""
+        return self.shelf.stands_for(name, self._clock_ms())
+
     async def wait_changed(self) -> None:
-        """Returns after the next Cargo or revocation that counts."""
+        """Returns after the next Cargo, promotion or revocation that counts."""
         await self._changed.wait()
 
     def is_fresh(self, notice: Notice) -> bool:
@@ -169,6 +177,10 @@ class CargoNews:
             self.counts.known += 1
             self._note_seen(told.notice, counts=True)
             return False
+        if told.promotion is not None and not self.shelf.is_newer(told.promotion):
+            self.counts.known += 1
+            self._note_seen(told.notice, counts=False)
+            return False
         if told.revocation is None:
             return True
         try:
@@ -197,8 +209,11 @@ class CargoNews:
         with trio.CancelScope(shield=True):
             async with self._lock:
                 revocations = _distinct([told for told in counting if told.revocation is not None and not self._has(told)])
-                await self._keep(self._store.keep_revocations, revocations)
+                await self._keep(self._store.keep_words, revocations)
                 new = [told for told in revocations if told.revocation is not None and await self._revoke(told, told.revocation)]
+                promotions = _newest([told for told in counting if told.promotion is not None and self.shelf.is_newer(told.promotion)])
+                await self._keep(self._store.keep_words, promotions)
+                new += [told for told in promotions if told.promotion is not None and await self._promote(told, told.promotion)]
                 added = [told for told in counting if told.cargo is not None and await self._add(told, told.cargo, new)]
                 await self._keep(self._store.keep_cargos, added)
         new += added
@@ -251,6 +266,29 @@ class CargoNews:
         except OSError as error:
             log.warning("a revoked Cargo's manifest cannot be deleted: %s", error.strerror)
 
+    async def _promote(self, told: Told, signed: SignedPromotion) -> bool:
+        """Takes effect now, and the one before it is forgotten."""
+        try:
+            before = self.shelf.promote(signed)
+        except CargoRefused as error:
+            self.counts.refused += 1
+            log.warning("a promotion is not taken: %s", error)
+            return False
+        if before is not None:
+            await self._forget_promotions([before.key])
+        self.known[About.PROMOTION].put(told.key, told.notice)
+        promotion = signed.promotion
+        log.info("%s stands for Cargo %s from now on (%s)", promotion.name, promotion.cargo[:16], promotion.origin or "promoted")
+        return True
+
+    async def _forget_promotions(self, keys: Sequence[bytes]) -> None:
+        for key in keys:
+            self.known[About.PROMOTION].drop(key)
+        try:
+            await trio.to_thread.run_sync(self._store.drop_promotions, keys)
+        except OSError as error:
+            log.warning("an old promotion cannot be deleted: %s", error.strerror)
+
     async def _add(self, told: Told, cargo: SignedCargo, new: list[Told]) -> bool:
         """Whether it is taken in; what keeps it away and has not counted before goes to ``new``."""
         try:
@@ -274,7 +312,7 @@ class CargoNews:
             notice = self._early.pop(key, None)
             if notice is not None:
                 due.append(Told(key, notice, None, signed))
-        await self._keep(self._store.keep_revocations, due)
+        await self._keep(self._store.keep_words, due)
         for told in due:
             self.known[About.REVOCATION].put(told.key, told.notice)
         return due
@@ -283,13 +321,16 @@ class CargoNews:
 
     def _load(self) -> None:
         """What was kept; a Cargo that a revocation there takes away is not taken in again."""
-        revoked = []
+        revoked, replaced = list[bytes](), list[bytes]()
         for told in self._store.load(lambda notice: read_notice(notice, self._network, self._clock_ms())):
             if told.coordinator:
                 self._coordinators.add(told.coordinator)
             try:
                 if told.revocation is not None:
                     self.shelf.restore(told.revocation)
+                elif told.promotion is not None:
+                    replaced += self._restore(told, told.promotion)
+                    continue
                 elif told.cargo is not None:
                     self.shelf.add(told.cargo)
             except CargoRefused as refused:
@@ -298,10 +339,36 @@ class CargoNews:
                 continue
             self.known[told.notice.about].put(told.key, told.notice)
         self._store.drop_cargos(revoked)
+        self._store.drop_promotions(replaced)
+
+    def _restore(self, told: Told, signed: SignedPromotion) -> list[bytes]:
+        """Of two of a name, which a kill between writing the new one and deleting the old one leaves, the newer; the other's key. Raises
+        CargoRefused."""
+        if not self.shelf.is_newer(signed):
+            return [told.key]
+        before = self.shelf.promote(signed)
+        self.known[About.PROMOTION].put(told.key, told.notice)
+        if before is None:
+            return []
+        self.known[About.PROMOTION].drop(before.key)
+        return [before.key]
 
 
 def _distinct(told: Sequence[Told]) -> list[Told]:
     return list({one.key: one for one in told}.values())
+
+
+def _newest(told: Sequence[Told]) -> list[Told]:
+    """Of the promotions of each name."""
+    newest: dict[str, Told] = {}
+    for one in sorted(told, key=_rank):
+        if one.promotion is not None:
+            newest[one.promotion.promotion.name] = one
+    return list(newest.values())
+
+
+def _rank(told: Told) -> tuple[int, bytes]:
+    return told.promotion.rank if told.promotion is not None else (0, b"")
 
 
 def _digest(notice: Notice) -> bytes:

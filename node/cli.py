@@ -22,6 +22,7 @@ COMMANDS = (
     "cache",
     "batch",
     "workflow",
+    "ab",
     "status",
     "peers",
     "doctor",

@@ -223,6 +223,7 @@ class _Coordinator:
                 self._host.round_trips_s,
                 await trio.to_thread.run_sync(shipped_addresses),
                 self._embedder,
+                self._delegation,
             ) as server, self._listing(server).running():
                 self._pipelines, self._cache = server.pipelines, server.cache
                 self._direct = direct = DirectServer(server.direct, self._hello)

@@ -136,6 +136,7 @@ class JobServer:
         self.draining = False
         self.running: set[_Job] = set()
         self._idle = trio.Event()
+        self._one_ended = trio.Event()
 
     def __repr__(self) -> str:
         return f"<JobServer {self.counts.running} running, {self.counts.done} done>"
@@ -146,6 +147,11 @@ class JobServer:
             self._idle = trio.Event()
             await self._idle.wait()
 
+    async def wait_ended_of(self, content_hash: str) -> None:
+        """Returns when no job of a Cargo runs."""
+        while self._running_of(content_hash):
+            await self._one_ended.wait()
+
     async def serve(self, stream: FrameStream) -> None:
         """Handler of one stream. Raises LinkLost when it ends, RemoteProtocolError when the peer breaks the protocol."""
         await answer_hello(stream, self._hello, self._meet)
@@ -153,13 +159,18 @@ class JobServer:
 
     def end_all_of(self, content_hash: str, why: Refused) -> int:
         """Ends the running jobs of a Cargo, and says how many they were."""
-        found = [job for job in self.running if job.work is not None and job.work.ticket.content_hash == content_hash]
+        found = self._running_of(content_hash)
         for job in found:
             job.fail(why)
         return len(found)
 
+    def _running_of(self, content_hash: str) -> list[_Job]:
+        return [job for job in self.running if job.work is not None and job.work.ticket.content_hash == content_hash]
+
     def note_end(self) -> None:
         self.counts.running -= 1
+        self._one_ended.set()
+        self._one_ended = trio.Event()
         if not self.counts.running:
             self._idle.set()
 

@@ -1,6 +1,7 @@
 """What a node has heard about Cargos, on disk: a file of its own for each notice, named by its key.
 
     KEY.revoked    flushed to the disk, and the folder's entry too, before the revocation takes effect
+    KEY.promoted   likewise; the one before it of the same name goes after that
     KEY.cargo      written beside and renamed; what a power cut takes of them comes again from the network
 
 Files are checked as if a stranger had brought them when they are read. What is damaged is put aside under ``.damaged``, and neighbours
@@ -23,7 +24,7 @@ from protocol.errors import RemoteProtocolError
 log = logging.getLogger(__name__)
 
 NEWS_FOLDER = "cargo-news"
-_SUFFIXES = {About.REVOCATION: ".revoked", About.CARGO: ".cargo"}
+_SUFFIXES = {About.REVOCATION: ".revoked", About.PROMOTION: ".promoted", About.CARGO: ".cargo"}
 
 
 class NoticeStore:
@@ -53,12 +54,17 @@ class NoticeStore:
                     with contextlib.suppress(OSError):
                         file.rename(file.with_suffix(".damaged"))
 
-    def keep_revocations(self, revocations: Sequence[Told]) -> None:
-        """On the disk when this returns. Raises OSError."""
-        for told in revocations:
-            write_atomically(self._path(About.REVOCATION, told.key), NOTICE.encode(told.notice))
-        if revocations:
+    def keep_words(self, words: Sequence[Told]) -> None:
+        """Revocations and promotions: on the disk when this returns. Raises OSError."""
+        for told in words:
+            write_atomically(self._path(told.notice.about, told.key), NOTICE.encode(told.notice))
+        if words:
             self._flush_folder()
+
+    def drop_promotions(self, keys: Iterable[bytes]) -> None:
+        """Raises OSError."""
+        for key in keys:
+            self._path(About.PROMOTION, key).unlink(missing_ok=True)
 
     def keep_cargos(self, cargos: Sequence[Told]) -> None:
         """Raises OSError."""

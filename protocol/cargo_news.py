@@ -5,9 +5,11 @@ whoever gets it need not trust, or even know, whoever brought it. Anybody can ma
 from the network only with the ``Listing`` that a Coordinator of its network has signed for it, and with the ``Delegation`` by which the
 network's key vouches for that Coordinator. A Coordinator's revocation comes with its delegation too. A publisher's own needs neither.
 
-Each notice has a *key* of 32 bytes, the same for all that say the same: a Cargo's content address, or the hash of what is revoked by whose
-word. By these keys two nodes compare what they know (``CargosWanted``, ``CargosKnown``), a range of keys at a time; news is pushed
-(``CargoNews``), and published on the topic.
+A promotion (cargo_promotions.py), which says what a name stands for, counts like a Coordinator's revocation: with its delegation.
+
+Each notice has a *key* of 32 bytes, the same for all that say the same: a Cargo's content address, the hash of what is revoked by whose
+word, the hash of what a promotion says. By these keys two nodes compare what they know (``CargosWanted``, ``CargosKnown``), a range of keys
+at a time; news is pushed (``CargoNews``), and published on the topic.
 
 Rules. A delegation counts where it holds now, or held when what it proves was signed: a kill switch must not wear off. What a neighbour
 lacks is sent in the order of keys, so that whoever asks goes on behind the last one, whatever it thought of those before.
@@ -23,6 +25,7 @@ from enum import StrEnum
 from itertools import pairwise
 
 from protocol import checks, limits
+from protocol.cargo_promotions import SignedPromotion, promotion_key, read_promotion
 from protocol.cargos import SignedCargo, SignedRevocation, peek_revocation, read_cargo, read_revocation
 from protocol.envelope import Label, open_envelope, peek, seal
 from protocol.errors import RemoteProtocolError, SignatureError
@@ -40,9 +43,10 @@ _REVOCATION_KEY = b"archipelag-revocation-key/1\0"
 
 
 class About(StrEnum):
-    """What a notice is about."""
+    """What a notice is about, in the order in which a node that comes new wants to hear it."""
 
     REVOCATION = "revocation"
+    PROMOTION = "promotion"
     CARGO = "cargo"
 
 
@@ -65,8 +69,8 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """``envelope``: of a Cargo or of a revocation. ``listing``: of a Cargo. ``delegation``: of the Coordinator that has signed the listing
-    or the revocation; empty where a publisher revokes its own."""
+    """``envelope``: of a Cargo, a promotion or a revocation. ``listing``: of a Cargo. ``delegation``: of the Coordinator that has signed
+    the listing, the promotion or the revocation; empty where a publisher revokes its own."""
 
     about: About
     envelope: bytes
@@ -77,8 +81,8 @@ class Notice:
         checks.at_most("envelope", self.envelope, limits.ENVELOPE_BYTES_MAX)
         checks.at_most("listing", self.listing, limits.CARGO_PROOF_BYTES_MAX)
         checks.at_most("delegation", self.delegation, limits.CARGO_PROOF_BYTES_MAX)
-        if self.about is About.REVOCATION and self.listing:
-            raise ValueError("a revocation has no listing")
+        if self.about is not About.CARGO and self.listing:
+            raise ValueError(f"a {self.about} has no listing")
 
     @property
     def size_bytes(self) -> int:
@@ -155,13 +159,15 @@ _LISTING: Struct[Listing] = Struct(Listing)
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A notice whose signatures were checked; one of ``cargo`` and ``revocation``. ``coordinator``: whose word it is, if one's."""
+    """A notice whose signatures were checked; one of ``cargo``, ``revocation`` and ``promotion``. ``coordinator``: whose word it is, if
+    one's."""
 
     key: bytes
     notice: Notice
     cargo: SignedCargo | None = None
     revocation: SignedRevocation | None = None
     coordinator: str = ""
+    promotion: SignedPromotion | None = None
 
 
 def topic_of(network: str) -> str:
@@ -177,6 +183,8 @@ def read_notice(notice: Notice, network: str, now_ms: int) -> Told:
     if notice.about is About.CARGO:
         cargo = read_cargo(notice.envelope)
         return Told(cargo_key(cargo.address), notice, cargo, coordinator=_lister(notice, cargo.address, network, now_ms))
+    if notice.about is About.PROMOTION:
+        return _read_promotion(notice, network, now_ms)
     signed = read_revocation(notice.envelope)
     revocation, coordinator = signed.revocation, ""
     if revocation.network:
@@ -186,6 +194,17 @@ def read_notice(notice: Notice, network: str, now_ms: int) -> Told:
     elif notice.delegation:
         raise RemoteProtocolError("a publisher's own revocation has no delegation")
     return Told(revocation_key(signed), notice, None, signed, coordinator)
+
+
+def _read_promotion(notice: Notice, network: str, now_ms: int) -> Told:
+    signed = read_promotion(notice.envelope)
+    promotion = signed.promotion
+    coordinator = _vouched(notice.delegation, network, promotion.at_ms, now_ms)
+    if (promotion.network, signed.signer) != (network, coordinator):
+        raise SignatureError(f"{signed.signer} is no Coordinator of this network and promotes nothing here")
+    if promotion.at_ms > now_ms + limits.CLOCK_SKEW_S * 1000:
+        raise RemoteProtocolError("the promotion comes from the future")
+    return Told(signed.key, notice, coordinator=coordinator, promotion=signed)
 
 
 def _lister(notice: Notice, address: str, network: str, now_ms: int) -> str:
@@ -228,6 +247,8 @@ def key_of(notice: Notice) -> bytes:
     """Whatever it is worth: no signature is looked at. Raises RemoteProtocolError for what is malformed."""
     if notice.about is About.CARGO:
         return hashlib.sha256(peek(notice.envelope).payload).digest()
+    if notice.about is About.PROMOTION:
+        return promotion_key(peek(notice.envelope).payload)
     return revocation_key(peek_revocation(notice.envelope))
 
 

@@ -7,8 +7,9 @@ the same agree, and a revocation that comes before its Cargo counts.
 Rules. A revoked Cargo never runs again. A publisher's word counts for its own Cargos only, a Coordinator's for all; neither can take the
 place of the other's. Words about Cargos that nobody knows yet are kept in bounded numbers, the oldest forgotten first, since anybody may
 say them; they come again. Of two Cargos that claim the same release the one counts that says it was published first (the smaller address
-where they say the same). A name stands for its newest release that may run, so whoever offers an old one as new is refused
-(``check_new``); who names an old one by its address may still have it.
+where they say the same). Releases of a name only go up, so whoever offers an old one as new is refused (``check_new``); who names an old
+one by its address may still have it. What a name stands for is what its newest promotion says, else its newest release that may run
+(``stands_for``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from enum import StrEnum
 
 from protocol import limits
+from protocol.cargo_promotions import SignedPromotion
 from protocol.cargos import SignedCargo, SignedRevocation, release_of, unexpired
 from protocol.errors import ArchipelagError, RemoteProtocolError, SignatureError
 
@@ -60,6 +62,7 @@ class CargoShelf:
         self._revoked: dict[tuple[str, str], SignedRevocation] = {}  # what, whose word (_key_of) -> the first that was heard
         self._early: OrderedDict[tuple[str, str], SignedRevocation] = OrderedDict()  # of publishers of which nothing is known here
         self._ended: set[str] = set()  # addresses that were taken away by words that count
+        self._promotions: dict[str, SignedPromotion] = {}  # by name
 
     def __repr__(self) -> str:
         return f"<CargoShelf {len(self._cargos)} Cargos, {len(self._revoked)} revocations>"
@@ -153,7 +156,7 @@ class CargoShelf:
         return cargo
 
     def newest(self, publisher: str, name: str, now_ms: int) -> SignedCargo | None:
-        """What a name stands for: its newest release that may run."""
+        """A publisher's newest release of a name that may run, candidate or not."""
         releases = self._releases.get((publisher, name), {})
         for release in sorted(releases, reverse=True):
             cargo = self._first_of(self._cargos[next(iter(releases[release]))])
@@ -201,6 +204,49 @@ class CargoShelf:
         """For whoever has not heard them."""
         return list(self._revoked.values())
 
+    def is_newer(self, signed: SignedPromotion) -> bool:
+        """Whether a promotion counts before what is known of its name."""
+        known = self._promotions.get(signed.promotion.name)
+        return known is None or signed.rank > known.rank
+
+    def promote(self, signed: SignedPromotion) -> SignedPromotion | None:
+        """Takes in a Coordinator's promotion that is newer; the one whose place it takes. Raises CargoRefused: ROLLBACK, FULL."""
+        promotion = signed.promotion
+        if not self.is_newer(signed):
+            raise CargoRefused(Why.ROLLBACK, f"a newer promotion of {promotion.name} is known than serial {promotion.serial}")
+        if promotion.name not in self._promotions and len(self._promotions) >= limits.SHELF_PROMOTIONS_MAX:
+            raise CargoRefused(Why.FULL, "this node knows as many promotions as it keeps")
+        known = self._promotions.get(promotion.name)
+        self._promotions[promotion.name] = signed
+        return known
+
+    def promotion(self, name: str) -> SignedPromotion | None:
+        """The newest of a name."""
+        return self._promotions.get(name)
+
+    def awaits(self, name: str) -> bool:
+        """Whether a name was promoted to a Cargo that has not been heard of yet, as far as is known."""
+        signed = self._promotions.get(name)
+        return signed is not None and signed.promotion.cargo not in self._cargos and signed.promotion.cargo not in self._ended
+
+    def stands_for(self, name: str, now_ms: int) -> SignedCargo | None:
+        """The Cargo that a name is promoted to; where that may not run, or there is no promotion, the name's newest release that may and is
+        no candidate. Two publishers of one name cannot be: the Coordinators of a network see to that."""
+        signed = self._promotions.get(name)
+        if signed is not None and self._runs(signed.promotion.cargo, now_ms):
+            return self._cargos[signed.promotion.cargo]
+        top = release_of(signed.promotion.release) if signed is not None else None
+        found = [cargo for cargo in self._cargos.values() if cargo.manifest.name == name and _is_upto(cargo, top)]
+        runs = [cargo for cargo in found if self._runs(cargo.address, now_ms)]
+        return max(runs, key=lambda cargo: (release_of(cargo.manifest.release), cargo.address), default=None)
+
+    def _runs(self, address: str, now_ms: int) -> bool:
+        try:
+            self.may_run(address, now_ms)
+        except CargoRefused:
+            return False
+        return True
+
     def _first_of(self, cargo: SignedCargo) -> SignedCargo:
         """Of all that claim its release."""
         manifest = cargo.manifest
@@ -228,6 +274,10 @@ def _key_of(signed: SignedRevocation) -> tuple[str, str]:
     """What it is about, an address or a publisher, and whose word it is: the network's (empty) or a publisher's."""
     revocation = signed.revocation
     return revocation.cargo or revocation.publisher, "" if revocation.network else signed.signer
+
+
+def _is_upto(cargo: SignedCargo, top: tuple[int, int, int] | None) -> bool:
+    return top is None or release_of(cargo.manifest.release) <= top
 
 
 def _is_hit(cargo: SignedCargo, signed: SignedRevocation) -> bool:

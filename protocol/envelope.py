@@ -33,6 +33,7 @@ class Label(StrEnum):
     CARGO = "archipelag/cargo/1"
     REVOCATION = "archipelag/cargo-revoked/1"
     LISTING = "archipelag/cargo-listed/1"
+    PROMOTION = "archipelag/cargo-promoted/1"
     WORKFLOW = "archipelag/workflow/1"
 
 

@@ -315,6 +315,19 @@ assert FLOW_STEPS_MAX <= FLOW_ITEMS_MAX <= FLOW_TASKS_MAX
 assert FLOW_RENDER_BYTES_MAX <= JOB_INPUT_JSON_BYTES_MAX and FLOW_RENDER_CPU_S < FLOW_RENDER_WALL_S
 assert FLOW_TEMPLATE_CHARS_MAX <= MESSAGE_CHARS_MAX and FLOW_DEFINITION_BYTES_MAX < BODY_BYTES_MAX
 
+# A/B tests (coordinator/abtests)
+AB_TESTS_MAX = 100  # of one account, that have not ended
+AB_VARIANTS_MAX = 8
+AB_NAME_CHARS_MAX = 64  # of a test, and of a variant
+AB_SHARE_TOLERANCE_PERCENT = 0.001  # by which shares may miss 100: three variants of 33.333
+AB_SAMPLES_MIN = 1  # units of an arm; below decision.UNITS_MIN nothing is concluded, whatever a test asks for
+AB_SAMPLES_MAX = 1_000_000_000
+AB_HOURS_MAX = 8_760  # a year
+AB_ALPHA_MIN = 0.0001
+AB_ALPHA_MAX = 0.2
+AB_RAMP_STEPS_MAX = 16
+AB_UNIT_CHARS_MAX = 256  # of what a request says of its user; the rest is passed over
+
 # Cargos
 CARGO_NAME_CHARS_MAX = 64
 CARGO_MANIFEST_BYTES_MAX = 60 * 1024  # fits into an envelope
@@ -332,6 +345,9 @@ CARGO_CACHE_TTL_S_DEFAULT = 3_600
 CARGO_CACHE_SIMILARITY_MILLI_DEFAULT = 850
 SHELF_CARGOS_MAX = 10_000  # that one node knows
 SHELF_REVOCATIONS_MAX = 100_000
+SHELF_PROMOTIONS_MAX = 10_000  # one for each name
+PROMOTION_SERIAL_MAX = 2**53
+PROMOTION_ORIGIN_CHARS_MAX = 128
 SHELF_EARLY_MAX = 10_000  # revocations by publishers of whom a node knows nothing
 CARGO_PROOF_BYTES_MAX = 1024  # a signed listing or delegation has about 350
 CARGO_NOTICES_MAX = 512  # of one message, which travels in the header of one frame

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import sqlalchemy as sql
 
+from coordinator.books.ab_units import CACHE_SOURCE, OURS
+
 SHOWN_MAX = 10  # rows of one check that are named
 SILENT_MS_MAX = 7_200_000  # so long a job without an open ticket may be open: upkeep ends it much sooner
 _ENDED = "'succeeded', 'failed', 'cancelled'"
@@ -29,6 +31,13 @@ def _differing(key: str, left: str, right: str) -> str:
     return f"SELECT {key}, SUM(a) AS a, SUM(b) AS b FROM ({sides}) AS sides GROUP BY {key} HAVING SUM(a) <> SUM(b)"
 
 
+# As ab_units.counts says it.
+_UNIT = "ab_test || '/' || ab_arm || '/' || ab_unit"
+_OURS = ", ".join(f"'{code}'" for code in sorted(OURS))
+_COUNTED = (
+    f"ab_test <> '' AND bid_source <> '{CACHE_SOURCE}' "
+    f"AND (state = 'succeeded' OR (state = 'failed' AND error_code NOT IN ({_OURS})))"
+)
 _CHARGES = "SELECT reference AS id, amount FROM transfers WHERE kind = 'charge'"
 
 CHECKS = (
@@ -126,6 +135,19 @@ CHECKS = (
         "job {id} is of account {job_account}, its hold of {hold_account}",
         "SELECT j.id, j.account AS job_account, h.account AS hold_account FROM jobs j JOIN holds h ON h.id = j.id "
         "WHERE h.account <> 'user:' || j.account",
+    ),
+    Check(
+        "unit {id} of an A/B test has counted {a} jobs, there are {b}",
+        _differing("id", "SELECT id, jobs AS amount FROM ab_units", f"SELECT {_UNIT} AS id, 1 AS amount FROM jobs WHERE {_COUNTED}"),
+    ),
+    Check(
+        "the sums of unit {id} of an A/B test come to {a}, those of its jobs to {b}",
+        _differing(
+            "id",
+            "SELECT id, succeeded + tokens + latency_us + first_word_us + cost_micros + ups + rated AS amount FROM ab_units",
+            f"SELECT {_UNIT} AS id, 1 + completion_tokens + latency_us + first_word_us + price_micros "
+            f"+ CASE rating WHEN 1 THEN 2 WHEN -1 THEN 1 ELSE 0 END AS amount FROM jobs WHERE {_COUNTED} AND state = 'succeeded'",
+        ),
     ),
 )
 

@@ -12,7 +12,15 @@ from typing import Any
 
 import sqlalchemy as sql
 
-from coordinator.books.schema import cargo_names, cargo_revocations, cargos, networks, publisher_keys, publisher_levels
+from coordinator.books.schema import (
+    cargo_names,
+    cargo_promotions,
+    cargo_revocations,
+    cargos,
+    networks,
+    publisher_keys,
+    publisher_levels,
+)
 from coordinator.cargo_rules import (
     ACTIVE,
     CargoState,
@@ -26,11 +34,14 @@ from coordinator.cargo_rules import (
     check_transition,
 )
 from protocol.cargo_news import revocation_key
+from protocol.cargo_promotions import SignedPromotion, peek_promotion
 from protocol.cargos import SignedCargo, SignedRevocation
 
 
 @dataclass(frozen=True, slots=True)
 class CargoRow:
+    """``moves_name``: published plainly and not approved yet; once it is, its name is to stand for it."""
+
     address: str
     account: str
     state: CargoState
@@ -38,21 +49,47 @@ class CargoRow:
     decided_at_ms: int
     revoked_at_ms: int
     envelope: bytes
+    moves_name: bool
     seq: int
 
 
 @dataclass(frozen=True, slots=True)
-class RevocationRow:
+class WordRow:
+    """A revocation or a promotion, with the delegation of the Coordinator that signed it, if one did."""
+
     envelope: bytes
     delegation: bytes
     seq: int
 
 
-def changes_after(connection: sql.Connection, seq: int) -> tuple[list[CargoRow], list[RevocationRow]]:
-    """Rows that have changed since the change of this number, in the order of their numbers."""
-    rows = connection.execute(sql.select(cargos).where(cargos.c.seq > seq).order_by(cargos.c.seq))
-    revoked = connection.execute(sql.select(cargo_revocations).where(cargo_revocations.c.seq > seq).order_by(cargo_revocations.c.seq))
-    return [_row(row) for row in rows], [RevocationRow(bytes(row.envelope), bytes(row.delegation), row.seq) for row in revoked]
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """In the order of their numbers; ``seq``: the newest change that is among them."""
+
+    cargos: list[CargoRow]
+    revocations: list[WordRow]
+    promotions: list[WordRow]
+    seq: int
+
+
+def changes_after(connection: sql.Connection, seq: int) -> Changes:
+    """Rows that have changed since the change of this number.
+
+    Each table is asked by itself, and one transaction may write to several: what comes meanwhile is left for the next time, all of it.
+    """
+    last = _next_seq(connection) - 1
+    rows = connection.execute(sql.select(cargos).where(_between(cargos, seq, last)).order_by(cargos.c.seq))
+    revoked, promoted = (_words(connection, table, seq, last) for table in (cargo_revocations, cargo_promotions))
+    return Changes([_row(row) for row in rows], revoked, promoted, max(seq, last))
+
+
+def _between(table: sql.Table, seq: int, last: int) -> sql.ColumnElement[bool]:
+    return (table.c.seq > seq) & (table.c.seq <= last)
+
+
+def _words(connection: sql.Connection, table: sql.Table, seq: int, last: int) -> list[WordRow]:
+    chosen = sql.select(table.c.envelope, table.c.delegation, table.c.seq).where(_between(table, seq, last)).order_by(table.c.seq)
+    return [WordRow(bytes(row.envelope), bytes(row.delegation), row.seq) for row in connection.execute(chosen)]
 
 
 def _row(row: Any) -> CargoRow:
@@ -64,6 +101,7 @@ def _row(row: Any) -> CargoRow:
         row.decided_at_ms,
         row.revoked_at_ms,
         bytes(row.envelope),
+        row.moves_name,
         row.seq,
     )
 
@@ -84,9 +122,15 @@ def publisher_is_known(connection: sql.Connection, publisher: str) -> bool:
 
 
 def publish(
-    connection: sql.Connection, cargo: SignedCargo, account: str, approve: bool, reserved: Iterable[str], now_ms: int
+    connection: sql.Connection,
+    cargo: SignedCargo,
+    account: str,
+    approve: bool,
+    reserved: Iterable[str],
+    now_ms: int,
+    is_candidate: bool = False,
 ) -> tuple[CargoRow, bool]:
-    """The Cargo's row, and whether it is new. Publishing it again changes nothing. Raises RegistryRefused."""
+    """The Cargo's row, and whether it is new. Publishing it again changes nothing. Promotions are the caller's. Raises RegistryRefused."""
     known = known_about(connection, cargo, account, reserved)
     row = cargo_row(connection, cargo.address)
     if row is not None and row.account == account and not known.revoked:
@@ -112,6 +156,7 @@ def publish(
         "expires_at_ms": manifest.expires_at_ms,
         "revoked_at_ms": 0,
         "envelope": cargo.envelope,
+        "moves_name": not approve and not is_candidate,
         "seq": _next_seq(connection),
     }
     connection.execute(sql.insert(cargos), values)
@@ -136,20 +181,58 @@ def known_about(connection: sql.Connection, cargo: SignedCargo, account: str, re
     key_account = connection.execute(
         sql.select(publisher_keys.c.account).where(publisher_keys.c.publisher == manifest.publisher)
     ).scalar()
-    chosen = sql.select(cargos).where(cargos.c.name == manifest.name)
-    releases = [
-        Release(row.address, row.release, CargoState(row.state), row.expires_at_ms, row.revoked_at_ms > 0)
-        for row in connection.execute(chosen)
-    ]
     return Known(
         _owner(connection, manifest.name),
         key_account or "",
         PublisherLevel(level) if level else PublisherLevel.INDIVIDUAL,
         active_names(connection, account),
-        tuple(releases),
+        releases_of(connection, manifest.name),
         _revoked(connection, cargo.address, manifest.publisher),
         manifest.name in reserved,
     )
+
+
+def releases_of(connection: sql.Connection, name: str) -> tuple[Release, ...]:
+    """All that were published under a name."""
+    return tuple(
+        Release(row.address, row.release, CargoState(row.state), row.expires_at_ms, row.revoked_at_ms > 0)
+        for row in connection.execute(sql.select(cargos).where(cargos.c.name == name))
+    )
+
+
+def account_of(connection: sql.Connection, name: str) -> str:
+    """Whose a name is; empty where nobody has published under it."""
+    return connection.execute(sql.select(cargo_names.c.account).where(cargo_names.c.name == name)).scalar() or ""
+
+
+def promotion_of(connection: sql.Connection, name: str) -> SignedPromotion | None:
+    """The newest of a name."""
+    envelope = connection.execute(sql.select(cargo_promotions.c.envelope).where(cargo_promotions.c.name == name)).scalar()
+    return None if envelope is None else peek_promotion(bytes(envelope))
+
+
+def put_promotion(connection: sql.Connection, signed: SignedPromotion, delegation: bytes) -> None:
+    """In the place of the one before it."""
+    promotion = signed.promotion
+    values = {
+        "name": promotion.name,
+        "serial": promotion.serial,
+        "cargo": promotion.cargo,
+        "release": promotion.release,
+        "origin": promotion.origin,
+        "at_ms": promotion.at_ms,
+        "envelope": signed.envelope,
+        "delegation": delegation,
+        "seq": _next_seq(connection),
+    }
+    connection.execute(sql.delete(cargo_promotions).where(cargo_promotions.c.name == promotion.name))
+    connection.execute(sql.insert(cargo_promotions), values)
+
+
+def note_moved(connection: sql.Connection, address: str) -> None:
+    """What was to happen to a Cargo's name when it was approved has happened."""
+    changed = {"moves_name": False, "seq": _next_seq(connection)}
+    connection.execute(sql.update(cargos).where(cargos.c.address == address).values(**changed))
 
 
 def _owner(connection: sql.Connection, name: str) -> NameOwner | None:
@@ -232,5 +315,6 @@ def revoke(connection: sql.Connection, signed: SignedRevocation, delegation: byt
 
 
 def _next_seq(connection: sql.Connection) -> int:
-    last = [connection.execute(sql.select(sql.func.max(table.c.seq))).scalar() or 0 for table in (cargos, cargo_revocations)]
-    return max(last) + 1
+    tables = (cargos, cargo_revocations, cargo_promotions)
+    newest = sql.select(*(sql.select(sql.func.max(table.c.seq)).scalar_subquery() for table in tables))
+    return max(last or 0 for last in connection.execute(newest).one()) + 1

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+from coordinator.books.ab_units import AB_UNITS, note_job, unit_of
 from coordinator.books.accounts import (
     ISLANDS,
     PUBLISHERS,
@@ -59,7 +60,9 @@ class Job:
 
     ``bid_micros`` is held. ``ask_…`` is what the chosen Island asked when the job was placed. ``fingerprint``: of account, address and
     body, by which a retried request finds its first try. ``can_rerun``: the input is kept, and nobody waits on a connection that died.
-    ``parent``: the run that it is a part of (runs.py); empty for one of its own.
+    ``parent``: the run that it is a part of (runs.py); empty for one of its own. ``ab_…``: the A/B test, arm and unit that it counts for
+    (ab_units.py). ``latency_us``, ``first_word_us``: from where its Coordinator began it, in microseconds, measured for those only.
+    ``rating``: what its account thinks of the answer, -1 or 1; 0: nothing.
     """
 
     id: str
@@ -98,6 +101,12 @@ class Job:
     output: bytes = b""
     result_expires_at_ms: int = 0
     parent: str = ""
+    ab_test: str = ""
+    ab_arm: str = ""
+    ab_unit: str = ""
+    latency_us: int = 0
+    first_word_us: int = 0
+    rating: int = 0
 
     @property
     def ask(self) -> Ask:
@@ -324,6 +333,8 @@ class Outcome:
     output: bytes = b""
     result_expires_at_ms: int = 0
     placed: Placed | None = None
+    latency_us: int = 0
+    first_word_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,6 +451,7 @@ class SettleJob:
     outcome: Outcome
     earned: tuple[Earned, ...] = ()
     failed: tuple[str, ...] = ()
+    unit: str = ""  # of an A/B test, in whose row it is counted
 
     def _settlement(self) -> Settlement:
         succeeded = self.outcome.state is JobState.SUCCEEDED
@@ -447,6 +459,8 @@ class SettleJob:
 
     def reads(self, rows: Rows) -> Iterable[Address]:
         yield JOBS, self.job_id
+        if self.unit:
+            yield AB_UNITS, self.unit
         yield from ReleaseHold(self.job_id, user(self.account)).reads(rows)
         yield from self._settlement().reads(rows)
 
@@ -479,6 +493,8 @@ class SettleJob:
                 rows.put(RECEIPTS, ReceiptRecord(id, self.job_id, earned.island, earned.receipt, paid, now_ms))
         job = self._ended(job, sum(share.amount for share in shares), now_ms)
         rows.put(JOBS, job)
+        if self.unit and self.unit == unit_of(job):
+            note_job(rows, job)
         return job
 
     def _ended(self, job: Job, price: int, now_ms: int) -> Job:
@@ -498,6 +514,8 @@ class SettleJob:
             input=b"",  # nobody runs it again
             output=outcome.output,
             result_expires_at_ms=outcome.result_expires_at_ms,
+            latency_us=outcome.latency_us,
+            first_word_us=outcome.first_word_us,
         )
 
 

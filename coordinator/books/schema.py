@@ -10,6 +10,7 @@ from typing import Any
 
 import sqlalchemy as sql
 
+from coordinator.books.ab_units import AB_UNITS
 from coordinator.books.accounts import ACCOUNTS, ISLANDS, KARMA_EVENTS, PUBLISHERS
 from coordinator.books.direct import TICKETS
 from coordinator.books.jobs import JOBS, RECEIPTS, REQUESTS
@@ -179,6 +180,12 @@ jobs = sql.Table(
     sql.Column("output", sql.LargeBinary, nullable=False),
     _int("result_expires_at_ms"),
     sql.Column("parent", NAME, nullable=False, server_default=""),
+    sql.Column("ab_test", sql.String(32), nullable=False, server_default=""),
+    sql.Column("ab_arm", sql.String(64), nullable=False, server_default=""),
+    sql.Column("ab_unit", sql.String(32), nullable=False, server_default=""),
+    sql.Column("latency_us", sql.BigInteger, nullable=False, server_default="0"),
+    sql.Column("first_word_us", sql.BigInteger, nullable=False, server_default="0"),
+    sql.Column("rating", sql.SmallInteger, nullable=False, server_default="0"),
 )
 sql.Index("jobs_of_account", jobs.c.account, jobs.c.created_at_ms)
 # Partial: an ended job costs these nothing.
@@ -189,6 +196,8 @@ sql.Index("jobs_kept", jobs.c.result_expires_at_ms, sqlite_where=_KEPT, postgres
 sql.Index("jobs_cleared", jobs.c.finished_at_ms)
 _CHILD = jobs.c.parent != ""
 sql.Index("jobs_of_parent", jobs.c.parent, sqlite_where=_CHILD, postgresql_where=_CHILD)
+_TRIED = jobs.c.ab_test != ""
+sql.Index("jobs_of_ab_test", jobs.c.ab_test, sqlite_where=_TRIED, postgresql_where=_TRIED)
 
 requests = sql.Table(
     "requests",
@@ -287,6 +296,7 @@ cargos = sql.Table(
     _int("decided_at_ms"),
     _int("expires_at_ms"),
     _int("revoked_at_ms"),  # 0: it is not
+    sql.Column("moves_name", sql.Boolean, nullable=False, server_default=sql.false()),  # its name stands for it once it is approved
     sql.Column("envelope", sql.LargeBinary, nullable=False),
     sql.Column("seq", sql.BigInteger, nullable=False, unique=True),
 )
@@ -310,6 +320,21 @@ publisher_keys = sql.Table(
 
 publisher_levels = sql.Table(
     "publisher_levels", metadata, _text("account", primary_key=True), _text("level", sql.String(16)), **CLUSTERED
+)
+
+# The newest promotion of each name (protocol/cargo_promotions.py).
+cargo_promotions = sql.Table(
+    "cargo_promotions",
+    metadata,
+    _text("name", sql.String(limits.CARGO_NAME_CHARS_MAX), primary_key=True),
+    _int("serial"),
+    _text("cargo", sql.String(64)),
+    _text("release", sql.String(32)),  # the name's own releases above it are candidates
+    _text("origin"),
+    _int("at_ms"),
+    sql.Column("envelope", sql.LargeBinary, nullable=False),
+    sql.Column("delegation", sql.LargeBinary, nullable=False),
+    sql.Column("seq", sql.BigInteger, nullable=False, unique=True),
 )
 
 cargo_revocations = sql.Table(
@@ -416,6 +441,66 @@ cache_purges = sql.Table(
     _int("at_ms"),
 )
 
+# A/B tests. ``plan`` is JSON, fixed when the test is created; ``seq`` counts the changes of all of them, as in cargos.
+ab_tests = sql.Table(
+    "ab_tests",
+    metadata,
+    _text("id", sql.String(32), primary_key=True),
+    _text("account"),
+    _text("base_cargo"),
+    _text("state", sql.String(16)),
+    _text("plan", sql.Text()),
+    _int("revision"),
+    _int("created_at_ms"),
+    _int("started_at_ms"),
+    _int("ended_at_ms"),
+    _int("active_ms"),  # how long it has run
+    _int("seen_at_ms"),  # until when that was counted
+    _text("base_address", sql.String(64)),  # what the base stood for when the test was started
+    _text("winner", sql.String(64)),
+    _text("note", sql.String(limits.TEXT_CHARS_MAX)),  # why it stands still
+    sql.Column("seq", sql.BigInteger, nullable=False, unique=True),
+)
+sql.Index("ab_tests_of_account", ab_tests.c.account, ab_tests.c.created_at_ms)
+_ACTIVE = ab_tests.c.state == "active"
+sql.Index("ab_tests_active", ab_tests.c.base_cargo, unique=True, sqlite_where=_ACTIVE, postgresql_where=_ACTIVE)
+
+ab_units = sql.Table(
+    "ab_units",
+    metadata,
+    _text("id", sql.String(160), primary_key=True),
+    _text("test", sql.String(32)),
+    _text("arm", sql.String(64)),
+    _text("unit", sql.String(32)),
+    _int("jobs"),
+    _int("succeeded"),
+    _int("cached"),
+    _int("tokens"),
+    _int("latency_us"),
+    _int("first_word_us"),
+    _int("first_words"),
+    _int("speed_milli"),
+    _int("speeds"),
+    _int("cost_micros"),
+    _int("ups"),
+    _int("rated"),
+    **CLUSTERED,
+)
+sql.Index("ab_units_of_test", ab_units.c.test)
+
+# What was done with a test, by whom (empty: by itself), and why.
+ab_events = sql.Table(
+    "ab_events",
+    metadata,
+    sql.Column("id", sql.Integer, primary_key=True, autoincrement=True),
+    _text("test", sql.String(32)),
+    _int("at_ms"),
+    _text("kind", sql.String(32)),
+    _text("account"),
+    _text("detail", sql.Text()),
+)
+sql.Index("ab_events_of_test", ab_events.c.test)
+
 # One row: whose rows in memory are still those of the database (PostgreSQL; see database.Turns).
 writer_turns = sql.Table("writer_turns", metadata, _text("name", sql.String(16), primary_key=True), _text("owner", sql.String(64)))
 
@@ -435,5 +520,6 @@ KINDS: tuple[Kind[Any], ...] = (
     RECEIPTS,
     TICKETS,
     RUNS,
+    AB_UNITS,
 )
 TABLES: dict[str, sql.Table] = {kind.name: metadata.tables[kind.name] for kind in KINDS}

@@ -25,6 +25,7 @@ QUESTION_CHARS_MAX = 400
 # longer ones count as they are written: reading them takes milliseconds, and nobody types them a second time with another spacing
 NORMALISED_CHARS_MAX = 2_000
 _TEXT_LABEL = b"archipelag/cache-text/1\0"
+_VERSION_LABEL = b"archipelag/cache-version/1\0"
 _LINES_LABEL = b"archipelag/cache-lines/1\0"
 
 
@@ -33,7 +34,8 @@ class CacheAsk:
     """``key``: 32 bytes, of everything that can change the answer, but for who asks; ``context``: 32 bytes, of the same without the last
     question, which is ``question``; empty where only an equal request will do. ``account``: whose answers may be used where the Cargo's
     are not public, and always where ``is_private``. ``reads``, ``writes``: whether the client allows an answer that is kept, and that this
-    one is kept. ``by_default``: whether the answer is kept where nobody has said anything of the Cargo's."""
+    one is kept. ``by_default``: whether the answer is kept where nobody has said anything of the Cargo's. ``content_hash``: only answers of
+    this version count; empty for those that the Cargo's name stands for."""
 
     cargo: str
     account: str
@@ -44,6 +46,14 @@ class CacheAsk:
     writes: bool = True
     is_private: bool = False
     by_default: bool = True
+    content_hash: str = ""
+
+    def pinned(self, cargo: str, content_hash: str) -> CacheAsk:
+        """The same question to one version of a Cargo: its answers stand under keys of their own."""
+        version = _VERSION_LABEL + f"{cargo}\0{content_hash}\0".encode()
+        context = hashlib.sha256(version + self.context).digest() if self.context else b""
+        key = hashlib.sha256(version + self.key).digest()
+        return replace(self, cargo=cargo, content_hash=content_hash, key=key, context=context)
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,7 @@ class Meaning:
         reading: Reading | None = None
         for scope in scopes_of(policy, ask.account, ask.is_private):
             found = self._table.candidates(scope, ask.context, words, now_s)
-            counting = [entry for entry in found if self._versions.count(ask.cargo, entry.content_hash)]
+            counting = [entry for entry in found if self._versions.answers(ask, entry.content_hash)]
             if counting and reading is None:
                 reading = read(ask.question)
             passed = [entry for entry in counting if reading and entry.reading and not veto_of(reading, entry.reading)]
@@ -122,7 +122,7 @@ class Meaning:
         # meanwhile it may have been deleted, or its Cargo suspended
         if best is None or self._table.get(best.slot, self._clock()) is not best:
             return None
-        return best if self._versions.count(ask.cargo, best.content_hash) else None
+        return best if self._versions.answers(ask, best.content_hash) else None
 
     async def _embed_or_none(self, texts: Sequence[str]) -> Sequence[Sequence[float]] | None:
         try:

@@ -229,7 +229,7 @@ class AnswerCache:
             entry = self._table.get((scope, ask.key), now_s)
             if entry is None:
                 continue
-            if self._versions.count(ask.cargo, entry.content_hash):
+            if self._versions.answers(ask, entry.content_hash):
                 return _Hit("exact", entry)
             self._table.drop(entry.slot)
         return None
@@ -254,7 +254,7 @@ class AnswerCache:
         if not _is_whole(transcript):
             self.statistics.refused += 1
             return False
-        if not self._versions.count(ask.cargo, content_hash):
+        if not self._versions.answers(ask, content_hash):
             return False
         entry = self._entry(ask, policy, job, content_hash, transcript)
         if not self._table.put(entry, self._clock()):

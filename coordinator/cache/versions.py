@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from coordinator.cache.asking import CacheAsk
 from coordinator.cache.policy import versions_of
 from protocol.cargos import CargoManifest
 
@@ -39,6 +40,10 @@ class Versions:
     def count(self, cargo: str, content_hash: str) -> bool:
         found = self.of(cargo)
         return found is None or content_hash in found
+
+    def answers(self, ask: CacheAsk, content_hash: str) -> bool:
+        """Whether an answer of this version may be told to whoever asks."""
+        return content_hash == ask.content_hash if ask.content_hash else self.count(ask.cargo, content_hash)
 
     def offered(self, cargo: str) -> frozenset[str]:
         """As it was within the last second: of 10,000 Islands that takes a millisecond to find out."""

@@ -12,10 +12,12 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
+from coordinator.http.ab_notes import ab_headers, ab_metadata
 from coordinator.http.cache_notes import CacheNote
 from coordinator.http.schema import ApiRequest
 from coordinator.jobs import (
     Accepted,
+    Assigned,
     CacheHit,
     CachePassed,
     CacheWaits,
@@ -60,12 +62,15 @@ class Answer:
     settled: Settled | None = None
     is_replay: bool = False
     cache: CacheNote = field(default_factory=CacheNote)
+    assigned: Assigned | None = None  # the A/B test that it counts for
 
-    def note(self, event: Accepted | Said | ChoiceResult | Settled | Replayed | CacheHit | CachePassed | CacheWaits) -> None:
+    def note(self, event: Accepted | Said | ChoiceResult | Settled | Replayed | CacheHit | CachePassed | CacheWaits | Assigned) -> None:
         if isinstance(event, Said | CacheWaits):
             return  # lines are not shown in answers of OpenAI's shapes
         if isinstance(event, ChoiceResult):
             self.results[event.choice] = event
+        elif isinstance(event, Assigned):
+            self.assigned = event
         elif isinstance(event, Settled):
             self.settled = event
         elif isinstance(event, Replayed):
@@ -97,6 +102,7 @@ class Answer:
             "x-archipelag-route": ",".join(self.route) or self.island,
             "server-timing": timing,
             **self.cache.headers(),
+            **ab_headers(self.assigned),
             **({"x-archipelag-replayed": "true"} if self.is_replay else {}),
         }
 
@@ -126,6 +132,7 @@ class Answer:
             "job_id": self.job_id,
             "price": format_credits(self.price_micros),
             **self.cache.metadata(),
+            **ab_metadata(self.assigned),
         }
         if self.explain and self.settled is not None and self.settled.placement:
             metadata["placement"] = json.loads(self.settled.placement)

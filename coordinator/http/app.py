@@ -35,7 +35,7 @@ from coordinator.http.line_answers import LineAnswer, LineRequest, line_order
 from coordinator.http.metrics import CONTENT_TYPE, Metrics
 from coordinator.http.sse import DONE, KEEP_ALIVE, EventStream, event
 from coordinator.http.terms import Terms, need_cargo, read_terms
-from coordinator.jobs import Accepted, CacheHit, CachePassed, CacheWaits, Event, JobSpec, Replayed
+from coordinator.jobs import Accepted, Assigned, CacheHit, CachePassed, CacheWaits, Event, JobSpec, Replayed
 from coordinator.matching import declared_tokens
 from coordinator.orders import Order
 from privacy.keys import cache_salt
@@ -53,7 +53,7 @@ _JSON = "application/json"
 _PREFIXES = ("/v1", "/api/v1")
 _REQUEST_ID_CHARS_MAX = 128
 _ACCOUNTS_REMEMBERED = 1024
-_FOREWORDS = Replayed | CacheHit | CachePassed | CacheWaits  # what is said before an answer, of where it comes from
+_FOREWORDS = Replayed | CacheHit | CachePassed | CacheWaits | Assigned  # what is said before an answer, of where it comes from
 
 
 @dataclass(slots=True)
@@ -379,7 +379,7 @@ class Api:
             events = await _opening(stream)
             for said in (event for event in events if isinstance(event, _FOREWORDS)):
                 answer.note(said)
-            if not events or isinstance(events[-1], CacheWaits):
+            if not events or isinstance(events[-1], CacheWaits | Assigned):
                 answer.cache.state = ""  # metadata will say what came of it
             if (accepted := _first_server(events)) is not None:
                 answer.note(accepted)
@@ -470,6 +470,7 @@ def order_of(
         fingerprint=terms.fingerprint,
         is_retry=terms.is_retry,
         cache=cache,
+        user=terms.user,
     )
 
 

@@ -13,14 +13,13 @@ from aiohttp import web
 from coordinator.batches.board import BatchBoard, BatchView, TooDear, TooLarge, TooManyBatches
 from coordinator.batches.shown import batch_json, outputs_json, price_text, run_json, sse, status_json
 from coordinator.batches.spec import BatchSpec, check_inputs, read_batch, read_max_price
-from coordinator.books.errors import BooksUnavailable
 from coordinator.books.runs import RunState
 from coordinator.http import schema
 from coordinator.http.answers import json_response, to_json
-from coordinator.http.bridge import Bridge, Stopped
+from coordinator.http.bridge import Bridge
 from coordinator.http.errors import RETRY_AFTER_S, ApiError, bad_request
 from coordinator.http.params import whole_number
-from coordinator.http.sse import HEADERS, KEEP_ALIVE
+from coordinator.http.sse import relay
 from coordinator.http.terms import Terms, read_policy, read_terms
 from protocol import limits
 from protocol.prices import format_credits
@@ -172,22 +171,7 @@ class BatchRoutes:
                 is_first = False
 
         events = self._bridge.stream(watch)
-        response = web.StreamResponse(headers={**HEADERS, "x-archipelag-job": view.run.id})
-        try:
-            await response.prepare(request)
-            while not events.ended:
-                timer = asyncio.get_running_loop().call_later(self._keep_alive_s, events.nudge)
-                try:
-                    said = await events.take()
-                finally:
-                    timer.cancel()
-                await response.write(b"".join(said) or (b"" if events.ended else KEEP_ALIVE))
-            await response.write_eof()
-        except (Stopped, BooksUnavailable):
-            await response.write_eof()  # the batch goes on without us; who has not heard its end asks again
-        finally:
-            events.close()
-        return response
+        return await relay(request, events, {"x-archipelag-job": view.run.id}, self._keep_alive_s, b"".join)
 
     async def _find(self, request: web.Request) -> BatchView:
         account = await self._admit(request, "read")

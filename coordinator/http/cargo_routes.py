@@ -59,15 +59,17 @@ class CargoRoutes:
         ]
 
     async def publish(self, request: web.Request) -> web.StreamResponse:
-        """201 for a new one, 200 where this account has published it before."""
+        """201 for a new one, 200 where this account has published it before. ``candidate=true``: its name goes on to stand for what it
+        stands for."""
+        is_candidate = one_of(request, "candidate", ("true", "false"), "false") == "true"
         account = await self._admit(request, "write")
         data = await _sent(request, "cargo")
         try:
-            entry, is_new = await self._bridge.call(self._registry.publish, account, data)
+            entry, is_new = await self._bridge.call(self._registry.publish, account, data, is_candidate)
         except RegistryRefused as refused:
             raise _told(refused) from None
         headers = {"Location": f"/api/v1/cargos/{entry.cargo.address}"}
-        return json_response(entry_to_json(entry), 201 if is_new else 200, headers)
+        return json_response((await self._shown(entry))[0], 201 if is_new else 200, headers)
 
     async def revoke(self, request: web.Request) -> web.StreamResponse:
         """A publisher's signed word; whoever holds the key may say it by any account's API key."""
@@ -106,17 +108,23 @@ class CargoRoutes:
             and runtime in ("", entry.cargo.manifest.runtime)
             and name in ("", entry.cargo.manifest.name)
         ]
-        data = [entry_to_json(entry) for entry in chosen[offset : offset + limit]]
+        data = await self._shown(*chosen[offset : offset + limit])
         return json_response({"data": data, "meta": {"total": len(chosen), "limit": limit, "offset": offset}})
 
     async def show(self, request: web.Request) -> web.StreamResponse:
         entry = await self._find(request)
-        return json_response({**entry_to_json(entry), "manifest": manifest_to_json(entry.cargo.manifest)})
+        return json_response({**(await self._shown(entry))[0], "manifest": manifest_to_json(entry.cargo.manifest)})
 
     async def envelope(self, request: web.Request) -> web.StreamResponse:
         """The bytes that were signed, to be checked by whoever gets them."""
         entry = await self._find(request)
         return web.Response(body=entry.cargo.envelope, headers={"Content-Type": _BYTES})
+
+    async def _shown(self, *entries: Entry) -> tuple[dict[str, Any], ...]:
+        async def ask() -> tuple[bool, ...]:
+            return tuple(map(self._registry.is_current, entries))
+
+        return tuple(entry_to_json(*pair) for pair in zip(entries, await self._bridge.call(ask), strict=True))
 
     async def _find(self, request: web.Request) -> Entry:
         """By name, ``NAME@RELEASE`` or address; what was not approved only its own account sees. Raises ApiError."""
@@ -155,7 +163,7 @@ def _told(refused: RegistryRefused) -> ApiError:
     return ApiError(STATUS[refused.fault], refused.message, code=refused.fault.value, param="cargo")
 
 
-def entry_to_json(entry: Entry) -> dict[str, Any]:
+def entry_to_json(entry: Entry, is_current: bool) -> dict[str, Any]:
     manifest = entry.cargo.manifest
     return {
         "object": "cargo",
@@ -165,6 +173,7 @@ def entry_to_json(entry: Entry) -> dict[str, Any]:
         "publisher": manifest.publisher,
         "runtime": str(manifest.runtime),
         "state": str(entry.state),
+        "current": is_current,
         "revoked_at": time_text(entry.revoked_at_ms) if entry.revoked_at_ms else None,
         "description": manifest.description,
         "licence": manifest.licence,

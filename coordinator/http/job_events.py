@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from coordinator.books.jobs import ENDED, JobState
+from coordinator.http.ab_notes import ab_metadata
 from coordinator.http.answers import to_json
 from coordinator.http.errors import ApiError
 from coordinator.job_board import JobEvent, Output, StateChange
-from coordinator.jobs import CacheHit, Said, Text
+from coordinator.jobs import Assigned, CacheHit, Said, Text
 from protocol.cargo_io import DoneLine, ImageLine, ProgressLine, StatusLine, TokenLine
 
 _LIGHT_BYTES = 16 * 1024
@@ -27,6 +28,8 @@ def sse(said: JobEvent) -> bytes:
             return _event("output", **done_json(done))
         case CacheHit(strategy, key):
             return _event("cache", cache_hit=True, cache_strategy=strategy, cache_key=key)
+        case Assigned():
+            return _event("assigned", **ab_metadata(said))
         case StateChange(JobState.FAILED, code, message):
             return _event("error", state=said.state.value, error={"code": code, "message": message})
         case StateChange(state):

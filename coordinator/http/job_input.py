@@ -134,4 +134,5 @@ def job_order(
         is_retry=terms.is_retry,
         input=b"" if is_streamed else pack_asked(asked),
         cache=cache,
+        user=terms.user,
     )

@@ -16,16 +16,17 @@ from coordinator.books.jobs import Job, JobState
 from coordinator.cache.asking import ask_of
 from coordinator.desk import CACHED
 from coordinator.http import schema
+from coordinator.http.ab_notes import ab_headers, ab_metadata, assigned_of, rating_text
 from coordinator.http.answers import json_response
-from coordinator.http.bridge import Bridge, Stopped, Stream
+from coordinator.http.bridge import Bridge, Stream
 from coordinator.http.cache_notes import CacheNote
 from coordinator.http.errors import ApiError, bad_request, from_books, from_refusal, unavailable
 from coordinator.http.job_events import failed, output_json, sse, weight_of
 from coordinator.http.job_input import Asked, job_order, lines_asked, read_body, text_asked, wants_text
-from coordinator.http.sse import HEADERS, KEEP_ALIVE, EventStream
+from coordinator.http.sse import HEADERS, KEEP_ALIVE, EventStream, relay
 from coordinator.http.terms import read_flag, read_terms
 from coordinator.job_board import JobBoard, JobEvent, Output, StateChange
-from coordinator.jobs import CacheHit
+from coordinator.jobs import Assigned, CacheHit
 from coordinator.orders import Order
 from coordinator.statement import time_text
 from protocol import limits
@@ -114,6 +115,7 @@ class JobRoutes:
             return await self._stream_now(request, order)
         job = await self._bridge.call(self._board.submit, order)
         headers = {"Location": f"/api/v1/jobs/{job.id}", "x-archipelag-job": job.id, **_cache_headers(job, order)}
+        headers |= ab_headers(assigned_of(job.ab_test, job.ab_arm))
         if job.id != order.spec.job_id:
             headers["x-archipelag-replayed"] = "true"
         (shown,) = await self._shown(job)
@@ -142,9 +144,9 @@ class JobRoutes:
         events: Stream[JobEvent] = self._bridge.stream(lambda send: self._board.run_now(order, send), weight_of)
         try:
             said = await _first_words(events)
-            note = CacheNote.of(order.cache)
+            note, assigned = CacheNote.of(order.cache), next((event for event in said if isinstance(event, Assigned)), None)
             job_id = next((note.note(event) for event in said if isinstance(event, CacheHit)), order.spec.job_id)
-            headers = {"x-archipelag-job": job_id, **note.headers()}
+            headers = {"x-archipelag-job": job_id, **note.headers(), **ab_headers(assigned)}
             if events.ended:  # all of it is here already
                 return web.Response(body=b"".join(map(sse, said)), headers={**HEADERS, **headers})
             async with EventStream(request, headers, self._keep_alive_s, events.nudge) as output:
@@ -234,22 +236,7 @@ class JobRoutes:
                 await send(said)
 
         events = self._bridge.stream(watch, weight_of)
-        response = web.StreamResponse(headers={**HEADERS, "x-archipelag-job": job.id})
-        try:
-            await response.prepare(request)
-            while not events.ended:
-                timer = asyncio.get_running_loop().call_later(self._keep_alive_s, events.nudge)
-                try:
-                    said = await events.take()
-                finally:
-                    timer.cancel()
-                await response.write(b"".join(map(sse, said)) or (b"" if events.ended else KEEP_ALIVE))
-            await response.write_eof()
-        except Stopped:
-            await response.write_eof()  # the job goes on without us; who has not heard its end asks again
-        finally:
-            events.close()
-        return response
+        return await relay(request, events, {"x-archipelag-job": job.id}, self._keep_alive_s, lambda said: b"".join(map(sse, said)))
 
     async def _find(self, request: web.Request) -> Job:
         account = await self._admit(request, "read")
@@ -263,7 +250,7 @@ async def _first_words(events: Stream[JobEvent]) -> list[JobEvent]:
     timer = asyncio.get_running_loop().call_later(limits.HEADERS_WAIT_S, events.nudge)
     try:
         # behind an output comes the end
-        while all(isinstance(event, StateChange | Output | CacheHit) for event in said) and not events.ended:
+        while all(isinstance(event, StateChange | Output | CacheHit | Assigned) for event in said) and not events.ended:
             more = await events.take()
             if not more:
                 break
@@ -321,6 +308,8 @@ def job_json(job: Job, refunded_micros: int, waiting_for: str | None) -> dict[st
         "started_at": _time(job.started_at_ms) if job.island else None,
         "completed_at": _time(job.finished_at_ms),
         "output_until": _time(job.result_expires_at_ms),
+        "metadata": ab_metadata(assigned_of(job.ab_test, job.ab_arm)),
+        "rating": rating_text(job.rating),
     }
 
 

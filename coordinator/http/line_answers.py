@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from coordinator.cache.asking import CacheAsk
+from coordinator.http.ab_notes import ab_headers, ab_metadata
 from coordinator.http.cache_notes import CacheNote
 from coordinator.http.job_input import job_order
 from coordinator.http.terms import Terms
-from coordinator.jobs import Accepted, CacheHit, CachePassed, ChoiceResult, Event, Replayed, Said, Settled
+from coordinator.jobs import Accepted, Assigned, CacheHit, CachePassed, ChoiceResult, Event, Replayed, Said, Settled
 from coordinator.orders import Order
 from protocol.cargo_io import DoneLine, ImageLine
 from protocol.cargo_jobs import CargoInput
@@ -60,6 +61,7 @@ class LineAnswer:
     result: ChoiceResult | None = None
     settled: Settled | None = None
     cache: CacheNote = field(default_factory=CacheNote)
+    assigned: Assigned | None = None  # the A/B test that it counts for
 
     def note(self, event: Event) -> None:
         match event:
@@ -76,6 +78,8 @@ class LineAnswer:
                 self.cache.note(event)
             case CacheHit() | CachePassed():
                 self.job_id = self.cache.note(event) or self.job_id
+            case Assigned():
+                self.assigned = event
             case _:
                 pass  # texts, and how far it was
 
@@ -106,6 +110,7 @@ class LineAnswer:
             "x-archipelag-route": self.island,
             "server-timing": timing,
             **self.cache.headers(),
+            **ab_headers(self.assigned),
             **({"x-archipelag-replayed": "true"} if self.is_replay else {}),
         }
 
@@ -117,6 +122,7 @@ class LineAnswer:
             "job_id": self.job_id,
             "price": format_credits(price),
             **self.cache.metadata(),
+            **ab_metadata(self.assigned),
         }
         if self.explain and self.settled is not None and self.settled.placement:
             metadata["placement"] = json.loads(self.settled.placement)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
+from typing import TypeVar
 
 from aiohttp import web
+
+from coordinator.books.errors import BooksUnavailable
+from coordinator.http.bridge import Stopped, Stream
+
+T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -60,3 +66,30 @@ class EventStream:
             self._on_idle()
             left_s = self._keep_alive_s
         self._timer = self._loop.call_later(left_s, self._tick)
+
+
+async def relay(
+    request: web.Request,
+    events: Stream[T],
+    headers: Mapping[str, str],
+    keep_alive_s: float,
+    encode: Callable[[Sequence[T]], bytes],
+) -> web.StreamResponse:
+    """An answer that tells a watcher what comes, to its end. What is watched goes on without him; where this Coordinator stops or its books
+    are away, the stream ends, and whoever has not heard the end asks again."""
+    response = web.StreamResponse(headers={**HEADERS, **headers})
+    try:
+        await response.prepare(request)
+        while not events.ended:
+            timer = asyncio.get_running_loop().call_later(keep_alive_s, events.nudge)
+            try:
+                said = await events.take()
+            finally:
+                timer.cancel()
+            await response.write(encode(said) or (b"" if events.ended else KEEP_ALIVE))
+        await response.write_eof()
+    except (Stopped, BooksUnavailable):
+        await response.write_eof()
+    finally:
+        events.close()
+    return response

@@ -20,12 +20,14 @@ PRIORITY_MAX = 100
 IDEMPOTENCY_KEY_CHARS_MAX = 128
 QUOTE_ID_CHARS_MAX = 64
 RETRY_HEADER = "x-stainless-retry-count"  # OpenAI's clients say so which try it is, and nothing else
+UNIT_HEADER = "x-archipelag-unit"
 _FINGERPRINT_LABEL = b"archipelag/fingerprint/1\0"
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """``bid_micros`` None: the account's own bid, or the market's. ``explain``: tell why this Island was chosen."""
+    """``bid_micros`` None: the account's own bid, or the market's. ``explain``: tell why this Island was chosen. ``user``: whom of its
+    account the request is for, as it says it; it gets the same version of a Cargo every time (coordinator/abtests), by a hash alone."""
 
     bid_micros: int | None = None
     priority: int = 0
@@ -37,6 +39,7 @@ class Terms:
     fingerprint: str = ""
     is_retry: bool = False
     cache: CacheUse = field(default_factory=CacheUse)
+    user: str = ""
 
 
 def read_terms(request: web.Request, raw: bytes, body: Mapping[str, Any], account: str, secret: bytes) -> Terms:
@@ -47,6 +50,7 @@ def read_terms(request: web.Request, raw: bytes, body: Mapping[str, Any], accoun
         fingerprint=_fingerprint(secret, account, request.path, raw),
         is_retry=_is_retry(request.headers.get(RETRY_HEADER, "")),
         cache=cache_use(request.headers.getall("Cache-Control", ()), request.headers.get("x-archipelag-cache", "")),
+        user=_user(request.headers.get(UNIT_HEADER), body.get("safety_identifier"), body.get("user")),
     )
 
 
@@ -127,6 +131,11 @@ def _idempotency_key(text: str) -> str:
     if len(text) > IDEMPOTENCY_KEY_CHARS_MAX or not text.isascii() or not text.isprintable():
         raise bad_request(f"Idempotency-Key takes at most {IDEMPOTENCY_KEY_CHARS_MAX} printable ASCII characters", None)
     return text
+
+
+def _user(*said: object) -> str:
+    """The first that says anything. What is no text is no user here: schemas complain of it where they know the field."""
+    return next((one[: limits.AB_UNIT_CHARS_MAX] for one in said if isinstance(one, str) and one), "")
 
 
 def _is_retry(text: str) -> bool:

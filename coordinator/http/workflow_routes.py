@@ -11,16 +11,15 @@ from typing import Any, NoReturn
 
 from aiohttp import web
 
-from coordinator.books.errors import BooksUnavailable
 from coordinator.books.workflow_rows import SavedFlow
 from coordinator.exchange.parsing import parse_bid
 from coordinator.http import schema
 from coordinator.http.answers import json_response, to_json
-from coordinator.http.bridge import Bridge, Stopped
+from coordinator.http.bridge import Bridge
 from coordinator.http.errors import RETRY_AFTER_S, ApiError, bad_request
 from coordinator.http.fields import text_of
 from coordinator.http.params import whole_number
-from coordinator.http.sse import HEADERS, KEEP_ALIVE
+from coordinator.http.sse import relay
 from coordinator.http.terms import Terms, read_terms
 from coordinator.workflows.errors import FlowError
 from coordinator.workflows.flows import Asked, FlowRefused, Flows, Once
@@ -152,22 +151,7 @@ class WorkflowRoutes:
                 await send(b"event: %b\ndata: %b\n\n" % (event["type"].encode(), _to_json(event)))
 
         events = self._bridge.stream(watch)
-        response = web.StreamResponse(headers=HEADERS)
-        try:
-            await response.prepare(request)
-            while not events.ended:
-                timer = asyncio.get_running_loop().call_later(self._keep_alive_s, events.nudge)
-                try:
-                    said = await events.take()
-                finally:
-                    timer.cancel()
-                await response.write(b"".join(said) or (b"" if events.ended else KEEP_ALIVE))
-            await response.write_eof()
-        except (Stopped, BooksUnavailable):
-            await response.write_eof()  # the run goes on without us; who has not heard its end asks again
-        finally:
-            events.close()
-        return response
+        return await relay(request, events, {}, self._keep_alive_s, b"".join)
 
     # ---- what is saved
 

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 _PUBLISH = """\
 Publish a .cargo file at a Coordinator, which tells all Islands of the network. Your API key's account owns the name from the first release
-on. Releases only go up, and each is used once."""
+on. Releases only go up, and each is used once.
+
+Islands that were started with the name alone follow it to the new release. With --candidate they do not: the name goes on to stand for what
+it stands for, and the new release is run by Islands that name it, NAME@RELEASE, such as for an A/B test that tries it."""
 _REVOKE = """\
 Take a Cargo off the network, for good: no Island runs it any more, and what runs of it is ended. WHAT is NAME@RELEASE or an address; with
 --key PEER_ID it is everything that this publisher's key has ever signed (for a key that was lost). There is no way back: what was mended is
@@ -43,6 +46,7 @@ def add_actions(add: Callable[..., argparse.ArgumentParser]) -> None:
     """``add(name, perform, brief, text)`` makes the parser of one action."""
     publish = add("publish", _publish, "publish a .cargo file at a Coordinator", _PUBLISH)
     publish.add_argument("file", metavar="FILE", help="a .cargo file, which `cargo sign` writes")
+    publish.add_argument("--candidate", action="store_true", default=None, help="its name goes on to stand for an earlier release")
     _add_coordinator(publish, "where to publish")
     revoke = add("revoke", _revoke, "take a Cargo off the network, for good", _REVOKE)
     revoke.add_argument("what", nargs="?", metavar="WHAT", help="NAME@RELEASE or an address")
@@ -102,17 +106,20 @@ def _need_key(settings: argparse.Namespace) -> None:
 
 
 def _publish(arguments: argparse.Namespace) -> int:
-    settings = settle(arguments.parser, arguments, strict=False)
+    settings = defaults(settle(arguments.parser, arguments, strict=False), candidate=False)
     client, data = _client(settings), _read(Path(settings.file))
     _need_key(settings)
     cargo = _checked(settings.file, data)
-    told = client.publish(data)
+    told = client.publish(data, settings.candidate)
     name = f"{cargo.manifest.name} {cargo.manifest.release}"
     if told["address"] != cargo.address:
         raise ConfigError(f"{settings.coordinator} has taken another Cargo than was sent; do not trust it")
     if told["state"] == "approved":
-        print(f"{name} is published; Islands hear of it within seconds\naddress {cargo.address}")
-        print(f"Next: an Island offers it with\n  archipelag-node start --coordinator {settings.coordinator} --cargo {cargo.manifest.name}")
+        is_live = told.get("current", True)
+        more = "" if is_live else f"; it is a candidate, {cargo.manifest.name} stands for another release"
+        offered = cargo.manifest.name if is_live else f"{cargo.manifest.name}@{cargo.manifest.release}"
+        print(f"{name} is published; Islands hear of it within seconds{more}\naddress {cargo.address}")
+        print(f"Next: an Island offers it with\n  archipelag-node start --coordinator {settings.coordinator} --cargo {offered}")
     else:
         print(f"{name} is {told['state']}; the Coordinator's operator looks at it first\naddress {cargo.address}")
         print(f"Next: its operator says archipelag-node cargo review {cargo.manifest.name}@{cargo.manifest.release} approved")
@@ -276,7 +283,8 @@ def _table(found: Iterable[dict[str, Any]], from_coordinator: bool) -> str:
     rows = [("name", "release", "runtime", "ask", "size", "address", "")]
     for one in found:
         size = f"{one['size_bytes'] / 1e6:,.1f} MB"
-        rows.append((one["name"], one["release"], one["runtime"], one["ask"], size, one["address"][:16], one["state"]))
+        state = f"{one['state']}, current" if one.get("current") else one["state"]
+        rows.append((one["name"], one["release"], one["runtime"], one["ask"], size, one["address"][:16], state))
     if len(rows) == 1:
         more = "" if from_coordinator else " here yet; ask a Coordinator with --coordinator URL"
         return f"no Cargos{more}. Make one with archipelag-node cargo new NAME"
@@ -305,9 +313,14 @@ def _heard(data_dir: str) -> list[dict[str, Any]]:
     for one in told:
         if one.revocation is not None:
             shelf.restore(one.revocation)
+        elif one.promotion is not None and shelf.is_newer(one.promotion):
+            shelf.promote(one.promotion)
+        elif one.cargo is not None and not shelf.is_revoked(one.cargo.address, one.cargo.manifest.publisher):
+            shelf.add(one.cargo)
     cargos = [one.cargo for one in told if one.cargo is not None and not shelf.is_revoked(one.cargo.address, one.cargo.manifest.publisher)]
     cargos.sort(key=lambda one: (one.manifest.name, [-part for part in release_of(one.manifest.release)]))
-    return [_facts(one.manifest, one.address) for one in cargos]
+    live = {name: shelf.stands_for(name, _now_ms()) for name in {one.manifest.name for one in cargos}}
+    return [{**_facts(one.manifest, one.address), "current": live[one.manifest.name] == one} for one in cargos]
 
 
 def _facts(manifest: CargoManifest, address: str) -> dict[str, Any]:

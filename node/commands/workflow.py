@@ -24,12 +24,12 @@ import json
 import secrets
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from node.commands.common import add_data_dir, checked, data_home, parse_count
+from node.request_file import bytes_of, object_in
 from node.settings import defaults, settle
 from protocol.errors import ConfigError
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from node.workflow_client import WorkflowClient
 
 HELP = "run, save and publish workflows: several models chained into one"
-_FILE_BYTES_MAX = 1_000_000  # a request's body
 _LISTED = 20
 _AGAIN_S = 1.0  # after a stream has broken off
 _LOST_MAX = 30  # times in a row
@@ -105,7 +104,7 @@ def _client(settings: argparse.Namespace) -> WorkflowClient:
 
 def read_file(path: Path) -> tuple[str, dict[str, Any]]:
     """Name and definition of a file: ``{name, steps, …}``, or a request's body, ``{name, definition: {steps, …}}``. Raises ConfigError."""
-    value = _parsed(path, _bytes_of(path))
+    value = object_in(path)
     body = dict(value["definition"]) if isinstance(value.get("definition"), dict) else value
     name = value.get("name") or path.stem
     if not isinstance(name, str):
@@ -117,36 +116,11 @@ def read_file(path: Path) -> tuple[str, dict[str, Any]]:
     return name, body
 
 
-def _bytes_of(path: Path) -> bytes:
-    try:
-        with open(path.expanduser(), "rb") as file:
-            data = file.read(_FILE_BYTES_MAX + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    if len(data) > _FILE_BYTES_MAX:
-        raise ConfigError(f"{path} is over {_FILE_BYTES_MAX:,} bytes")
-    return data
-
-
-def _parsed(path: Path, data: bytes) -> dict[str, Any]:
-    try:
-        value = tomllib.loads(data.decode()) if path.suffix == ".toml" else json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} is no object")
-    try:
-        json.dumps(value)  # TOML has dates
-    except TypeError:
-        raise ConfigError(f"{path} holds a date; write it as a text, in quotes") from None
-    return value
-
-
 def _input(text: str | None) -> Any:
     """What stands behind --input. Raises ConfigError."""
     if text is None:
         return None
-    data = _bytes_of(Path(text[1:])) if text.startswith("@") else text.encode()
+    data = bytes_of(Path(text[1:])) if text.startswith("@") else text.encode()
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -90,6 +90,8 @@ async def test_a_job_from_beginning_to_end(database_url: str) -> None:
             "region": "de-berlin",
             "tries": 1,
             "error": None,
+            "metadata": {},
+            "rating": None,
         }
         output = (await client.get(f"{location}/output")).json()
         assert output["output"]["text"] == TEXT and output["completed"] and output["error"] is None

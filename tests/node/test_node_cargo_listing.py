@@ -20,12 +20,13 @@ from node.cargo_listing import CargoListing
 from node.cargo_news import CargoNews
 from protocol import limits
 from protocol.cargo_news import About, key_of
+from protocol.cargo_promotions import sign_promotion
 from protocol.cargo_shelf import Why
 from protocol.tickets import Delegation, sign_delegation
 from tests.coordinator.desks import opened, url_of
 from tests.coordinator.fakes import Running
 from tests.node.cargo_net import until
-from tests.protocol.cargo_samples import cargo, killed, revocation, revoked
+from tests.protocol.cargo_samples import cargo, killed, listed, promoted, revocation, revoked
 from tests.protocol.samples import COORDINATOR, NETWORK, NETWORK_KEY, NOW_MS
 
 
@@ -98,6 +99,38 @@ async def test_another_coordinators_kill_switch_keeps_its_proof(tmp_path: Path) 
     async with both(tmp_path) as again:
         await until(lambda: len(again.news.known[About.REVOCATION]) == 1)
         assert again.news.known[About.REVOCATION].all() == [(key_of(killed(one)), killed(one))]
+
+
+async def test_promotions_go_out_with_the_proof_of_whoever_signed_them(tmp_path: Path) -> None:
+    """Before the Cargos that they keep from being taken for what their name stands for; those of others stay out of the database."""
+    one, two, three = (cargo(release=f"{number}.0.0") for number in (1, 2, 3))
+    heard: list[About] = []
+    async with both(tmp_path) as it:
+        signer = Registry(
+            it.running.server.books,
+            now_ms,
+            sign=lambda promotion: sign_promotion(promotion, COORDINATOR),
+            delegation=delegation,
+            network=NETWORK,
+        )
+        it.news.pass_on = lambda notices, sender: heard.extend(notice.about for notice in notices)
+        for each, is_candidate in ((one, False), (two, True)):
+            await signer.publish("local", each.envelope, is_candidate)
+        await it.registry.refresh()
+        await until(lambda: it.news.cargo(two.address) is not None)
+        assert heard[:2] == [About.PROMOTION, About.CARGO] and it.news.stands_for("text-stats") == one
+        for release in (two, one):
+            await signer.promote("local", "text-stats", release.address, "ab:1")
+            await it.registry.refresh()
+            await until(lambda: it.news.stands_for("text-stats") == release)  # noqa: B023 (it is called at once)
+        assert len(it.news.known[About.PROMOTION]) == 1
+        await it.news.hear([listed(three), promoted(three, serial=2**50)], "another database's Coordinator")
+        assert it.news.stands_for("text-stats") == three
+        await it.registry.refresh()
+        current = it.registry.current("text-stats")
+        assert current is not None and current.cargo == one
+    async with both(tmp_path) as again:
+        assert again.news.stands_for("text-stats") == three, "the network's is newer than the database's"
 
 
 async def test_a_database_that_is_away_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

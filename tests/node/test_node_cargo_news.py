@@ -149,7 +149,7 @@ async def test_a_full_disk_keeps_no_revocation_from_taking_effect(
 
     news = open_news(tmp_path)
     await news.hear([listed()])
-    monkeypatch.setattr(NoticeStore, "keep_revocations", full)
+    monkeypatch.setattr(NoticeStore, "keep_words", full)
     assert len((await news.hear([killed()], "somebody")).new) == 1
     assert news.may_run(cargo().address) is Why.REVOKED and "No space left" in caplog.text
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from node.greeting import exchange_hello
 from node.jobs_served import island_hello
@@ -161,6 +162,30 @@ async def test_a_revoked_cargo_ends_its_jobs(kit: Any) -> None:
                 async for _ in events:
                     pass
         assert refused.value.code is Code.CARGO_FAILED
+
+
+async def test_the_jobs_of_a_cargo_are_waited_for(kit: Any) -> None:
+    """As an Island does with a Cargo that was replaced."""
+    teller = LineTeller(*[LARGE] * 100, DoneLine())
+    async with kit.open_pair(teller) as pair, trio.open_nursery() as nursery:
+        ended = trio.Event()
+
+        async def wait() -> None:
+            await pair.server.wait_ended_of(teller.facts().content_hash)
+            ended.set()
+
+        async with pair.links.run_job(pair.island_key.peer_id, pair.sealed(), INPUT) as job:
+            events = aiter(job)
+            await anext(events)
+            nursery.start_soon(wait)
+            with trio.fail_after(5):
+                await pair.server.wait_ended_of("cd" * 32)  # another one's: there is nothing to wait for
+            await trio.testing.wait_all_tasks_blocked()
+            assert not ended.is_set()
+            async for _ in events:
+                pass
+        with trio.fail_after(5):
+            await ended.wait()
 
 
 async def test_a_holder_that_takes_more_than_there_was_loses_the_stream(kit: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from privacy.keys import NodeKey
 from protocol import tickets
 from protocol.cargo_news import LISTING_VERSION, About, Listing, Notice, sign_listing
+from protocol.cargo_promotions import PROMOTION_VERSION, Promotion, SignedPromotion, read_promotion, sign_promotion
 from protocol.cargos import (
     CARGO_VERSION,
     REVOCATION_VERSION,
@@ -81,3 +82,17 @@ def killed(one: SignedCargo | None = None, coordinator: NodeKey = COORDINATOR, *
     """A Coordinator's kill switch."""
     said = revocation(one, coordinator, **({"network": NETWORK} | changes))
     return Notice(About.REVOCATION, said, b"", signed_delegation(coordinator))
+
+
+def promotion(one: SignedCargo | None = None, coordinator: NodeKey = COORDINATOR, **changes: Any) -> SignedPromotion:
+    """A Coordinator says that the name of a Cargo stands for it."""
+    one = one or cargo()
+    manifest = one.manifest
+    fields = Promotion(PROMOTION_VERSION, NETWORK, manifest.name, one.address, manifest.release, NOW_MS, NOW_MS, "publish")
+    return read_promotion(sign_promotion(replace(fields, **changes), coordinator))
+
+
+def promoted(one: SignedCargo | None = None, coordinator: NodeKey = COORDINATOR, **changes: Any) -> Notice:
+    """As a Coordinator of the network tells it."""
+    said = promotion(one, coordinator, **changes)
+    return Notice(About.PROMOTION, said.envelope, b"", signed_delegation(coordinator))

@@ -670,6 +670,7 @@ def notices() -> list[Vector]:
     year_ms = int(limits.DELEGATION_LIFETIME_S * 1000)
     one, end_ms = cargo_samples.cargo(), samples.delegation().expires_at_ms
     listed, killed, revoked = cargo_samples.listed(one), cargo_samples.killed(one), cargo_samples.revoked(one)
+    promoted = cargo_samples.promoted(one)
     good = {
         "a Cargo": (listed, NOW_MS),
         "a Cargo whose Coordinator is one no longer": (listed, end_ms + 1),
@@ -677,6 +678,9 @@ def notices() -> list[Vector]:
         "a publisher's revocation of all": (cargo_samples.revoked(one, whole_key=True), NOW_MS),
         "a kill switch": (killed, NOW_MS),
         "a kill switch of long ago": (killed, end_ms + year_ms),
+        "a promotion": (promoted, NOW_MS),
+        "a promotion to a Cargo of another name": (cargo_samples.promoted(one, name="base", release="3.1.4", origin="ab:1"), NOW_MS),
+        "a promotion whose Coordinator is one no longer": (promoted, end_ms + year_ms),
     }
     out: list[Vector] = []
     for name, (notice, now_ms) in good.items():
@@ -699,6 +703,15 @@ def notices() -> list[Vector]:
         "a kill switch without a delegation": dataclasses.replace(killed, delegation=b""),
         "a kill switch of another network": cargo_samples.killed(one, network="0" * 32),
         "a delegation that is not needed": dataclasses.replace(revoked, delegation=killed.delegation),
+        "a promotion by a stranger": dataclasses.replace(cargo_samples.promoted(one, OTHER), delegation=promoted.delegation),
+        "a promotion by the publisher": dataclasses.replace(cargo_samples.promoted(one, HOLDER), delegation=promoted.delegation),
+        "a promotion without a delegation": dataclasses.replace(promoted, delegation=b""),
+        "a promotion with a delegation of another network": dataclasses.replace(promoted, delegation=foreign),
+        "a promotion of another network": cargo_samples.promoted(one, network="0" * 32),
+        "a promotion from the future": cargo_samples.promoted(one, at_ms=NOW_MS + SKEW_MS + 1),
+        "a promotion that was altered": dataclasses.replace(promoted, envelope=repacked(promoted.envelope, 3, bytes(64))),
+        "a promotion as a Cargo": dataclasses.replace(listed, envelope=promoted.envelope),
+        "a Cargo as a promotion": dataclasses.replace(promoted, envelope=one.envelope),
         "a Cargo as a revocation": dataclasses.replace(revoked, envelope=one.envelope),
     }
     return out + [

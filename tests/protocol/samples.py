@@ -398,7 +398,12 @@ CARGOS_MESSAGES: tuple[Any, ...] = (
     messages.Hello(1, messages.NodeRole.ISLAND, NETWORK, "archipelag/0.1.0"),
     cargo_news.CargosWanted(cargo_news.About.CARGO, b"\x01" * 32, b"\x03" * 32, b"\x02" * 32 + b"\x03" * 32),
     cargo_news.CargosKnown((cargo_news.Notice(cargo_news.About.CARGO, b"envelope", b"listing", b"delegation"),), True),
-    cargo_news.CargoNews((cargo_news.Notice(cargo_news.About.REVOCATION, b"envelope"),)),
+    cargo_news.CargoNews(
+        (
+            cargo_news.Notice(cargo_news.About.REVOCATION, b"envelope"),
+            cargo_news.Notice(cargo_news.About.PROMOTION, b"envelope", b"", b"delegation"),
+        )
+    ),
 )
 REGISTRIES = (
     (messages.JOB, JOB_MESSAGES),

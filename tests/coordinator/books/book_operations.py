@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,14 @@ def operation_of(command: Command) -> Operation[Any]:
     return _OPERATIONS[command.verb](command.args)
 
 
+def _trial(id: str) -> tuple[str, str, str]:
+    """Every third job is of one of two A/B tests, and of one of a few units: many threads change the same row."""
+    number = zlib.crc32(id.encode())
+    return ("", "", "") if number % 3 else (f"t{number // 3 % 2}", f"arm{number // 6 % 2}", f"u{number // 12 % 5}")
+
+
 def _open(args: Args) -> OpenJob:
+    ab_test, ab_arm, ab_unit = _trial(args["id"])
     job = Job(
         id=args["id"],
         account=args["account"],
@@ -95,6 +103,9 @@ def _open(args: Args) -> OpenJob:
         can_rerun=args["rerun"],
         fingerprint=args["fingerprint"],
         input=args["input"],
+        ab_test=ab_test,
+        ab_arm=ab_arm,
+        ab_unit=ab_unit,
     )
     return OpenJob(job, args["expires"], args["floor"], args["key"], args["key_expires"])
 
@@ -106,9 +117,13 @@ def _settle(args: Args) -> SettleJob:
         error_code="" if args["state"] == "succeeded" else "some_error",
         output=args["output"],
         result_expires_at_ms=START_MS if args["output"] else 0,
+        latency_us=1000 * args["tokens"],
+        first_word_us=args["tokens"],
     )
     earned = tuple(Earned(*each) for each in args["earned"])
-    return SettleJob(args["id"], args["account"], args["cargo"], args["owner"], args["boot"], outcome, earned, args["failed"])
+    trial = _trial(args["id"])
+    unit = "/".join(trial) if trial[0] else ""
+    return SettleJob(args["id"], args["account"], args["cargo"], args["owner"], args["boot"], outcome, earned, args["failed"], unit)
 
 
 _OPERATIONS: dict[str, Callable[[Args], Operation[Any]]] = {

@@ -1,0 +1,64 @@
+"""Sends each request to the version that it is to get: the first of those who run orders, in front of the cache and the desk."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from coordinator.abtests.service import AbTests
+from coordinator.dispatch import Emit
+from coordinator.jobs import Assigned, CacheHit, Event
+from coordinator.orders import Order
+
+
+class Worker(Protocol):
+    async def run(self, order: Order, emit: Emit) -> None: ...
+
+
+class Looking(Worker, Protocol):
+    """A cache: it may know the answer."""
+
+    async def look(self, order: Order) -> list[Event] | None: ...
+
+
+class AbRouter:
+    """``worker``: the cache or the desk. Runs on trio."""
+
+    def __init__(self, tests: AbTests, worker: Worker) -> None:
+        self._tests, self._worker = tests, worker
+
+    def __repr__(self) -> str:
+        return f"<AbRouter {self._tests!r}>"
+
+    def assign(self, order: Order) -> Order:
+        return self._tests.assign(order)
+
+    async def run(self, order: Order, emit: Emit) -> None:
+        """Says first which arm the request is in, if it is in one. Raises what Desk.run raises."""
+        order = self._tests.assign(order)
+        arm = order.arm
+        if arm is None:
+            await self._worker.run(order, emit)
+            return
+
+        async def noting(event: Event) -> None:
+            if isinstance(event, CacheHit):
+                self._tests.note_cached(arm)
+            await emit(event)
+
+        await emit(Assigned(arm.test, arm.variant))
+        await self._worker.run(order, noting)
+
+    async def collect(self, order: Order) -> list[Event]:
+        """All events at once."""
+        events: list[Event] = []
+
+        async def keep(event: Event) -> None:
+            events.append(event)
+
+        await self.run(order, keep)
+        return events
+
+    def note_cached(self, order: Order) -> None:
+        """Of an order that was assigned: its answer came from the cache."""
+        if order.arm is not None:
+            self._tests.note_cached(order.arm)

@@ -1,0 +1,157 @@
+"""What the jobs of one unit in one arm of an A/B test came to: integer sums, changed where a job is settled. Pure operations.
+
+Theory of operation. A job of a test is counted in the transaction that ends it, so no crash can lose a count or count twice. What is added
+follows from the job's own row (``Counted``), so the sums equal a recount of the jobs. Of a unit's sums the statistics need no more than
+these: the observation is the unit, not the job (coordinator/abtests/statistics.py).
+
+Rules. Jobs that succeeded or failed count; those that were cancelled, whose Coordinator was lost or whose books were away do not, since
+that is no fault of the version that was tried. Answers from the cache are counted apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from coordinator.books.rows import Address, Kind, Rows
+
+OURS = frozenset({"coordinator_lost", "books_unavailable"})  # error codes that say nothing about the version
+CACHE_SOURCE = "cache"  # the bid source of a job whose answer was kept
+
+
+@dataclass(frozen=True, slots=True)
+class AbUnit:
+    """``latency_us`` and ``cost_micros``: of the jobs that succeeded; ``first_words``, ``speeds``, ``rated``: how many jobs the sum beside
+    each is of."""
+
+    id: str
+    test: str
+    arm: str
+    unit: str
+    jobs: int = 0
+    succeeded: int = 0
+    cached: int = 0
+    tokens: int = 0
+    latency_us: int = 0
+    first_word_us: int = 0
+    first_words: int = 0
+    speed_milli: int = 0
+    speeds: int = 0
+    cost_micros: int = 0
+    ups: int = 0
+    rated: int = 0
+
+
+AB_UNITS = Kind("ab_units", AbUnit, "id")
+
+
+class Counted(Protocol):
+    """Of a job's row, what counts (jobs.Job)."""
+
+    @property
+    def ab_test(self) -> str: ...
+    @property
+    def ab_arm(self) -> str: ...
+    @property
+    def ab_unit(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def error_code(self) -> str: ...
+    @property
+    def bid_source(self) -> str: ...
+    @property
+    def completion_tokens(self) -> int: ...
+    @property
+    def latency_us(self) -> int: ...
+    @property
+    def first_word_us(self) -> int: ...
+    @property
+    def price_micros(self) -> int: ...
+    @property
+    def rating(self) -> int: ...
+
+
+def unit_id(test: str, arm: str, unit: str) -> str:
+    return f"{test}/{arm}/{unit}"
+
+
+def unit_of(job: Counted) -> str:
+    """The row that a job is counted in; empty where it is of no test."""
+    return unit_id(job.ab_test, job.ab_arm, job.ab_unit) if job.ab_test else ""
+
+
+def counts(job: Counted) -> bool:
+    """Whether a job that has ended says something about its arm."""
+    if not job.ab_test or job.bid_source == CACHE_SOURCE:
+        return False
+    return job.state == "succeeded" or (job.state == "failed" and job.error_code not in OURS)
+
+
+def speed_milli(job: Counted) -> int:
+    """Tokens per second behind the first word, in thousandths; 0 where there is nothing to measure."""
+    span_us = job.latency_us - job.first_word_us
+    if job.completion_tokens < 2 or job.first_word_us <= 0 or span_us <= 0:
+        return 0
+    return (job.completion_tokens - 1) * 1_000_000_000 // span_us
+
+
+def added(unit: AbUnit, job: Counted) -> AbUnit:
+    """With a job that has ended."""
+    if not counts(job):
+        return unit
+    unit = replace(unit, jobs=unit.jobs + 1)
+    if job.state != "succeeded":
+        return unit
+    speed = speed_milli(job)
+    unit = replace(
+        unit,
+        succeeded=unit.succeeded + 1,
+        tokens=unit.tokens + job.completion_tokens,
+        latency_us=unit.latency_us + job.latency_us,
+        first_word_us=unit.first_word_us + job.first_word_us,
+        first_words=unit.first_words + (job.first_word_us > 0),
+        speed_milli=unit.speed_milli + speed,
+        speeds=unit.speeds + (speed > 0),
+        cost_micros=unit.cost_micros + job.price_micros,
+    )
+    return rated(unit, 0, job.rating)
+
+
+def rated(unit: AbUnit, before: int, after: int) -> AbUnit:
+    """A job's thumb has changed: -1 down, 1 up, 0 none."""
+    return replace(
+        unit,
+        ups=unit.ups + (after > 0) - (before > 0),
+        rated=unit.rated + (after != 0) - (before != 0),
+    )
+
+
+def unit_row(rows: Rows, test: str, arm: str, unit: str) -> AbUnit:
+    """As it is, or as it begins."""
+    id = unit_id(test, arm, unit)
+    return rows.get(AB_UNITS, id) or AbUnit(id, test, arm, unit)
+
+
+def note_job(rows: Rows, job: Counted) -> None:
+    """Counts a job that has just ended; its unit's row was read."""
+    if counts(job):
+        rows.put(AB_UNITS, added(unit_row(rows, job.ab_test, job.ab_arm, job.ab_unit), job))
+
+
+@dataclass(frozen=True, slots=True)
+class AddCached:
+    """So many answers of a unit came from the cache."""
+
+    test: str
+    arm: str
+    unit: str
+    count: int
+
+    def reads(self, rows: Rows) -> Iterable[Address]:
+        return ((AB_UNITS, unit_id(self.test, self.arm, self.unit)),)
+
+    def apply(self, rows: Rows, now_ms: int) -> None:
+        unit = unit_row(rows, self.test, self.arm, self.unit)
+        rows.put(AB_UNITS, replace(unit, cached=unit.cached + self.count))

@@ -1,0 +1,200 @@
+"""Counters of A/B tests: what counts, that they equal a recount of the jobs, and that no kill takes anything from them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from coordinator.abtests.plan import Metric
+from coordinator.books import ab_tests
+from coordinator.books.ab_units import CACHE_SOURCE, AbUnit, AddCached, added, speed_milli
+from coordinator.books.accounts import CreateAccount
+from coordinator.books.database import Database
+from coordinator.books.errors import BooksRefused, Why
+from coordinator.books.jobs import Adopt, Job, JobState, OpenJob, Outcome, RecordJob, SettleJob
+from coordinator.books.ratings import RateJob
+from coordinator.books.stored import apply_together
+from protocol import limits
+
+ACCOUNT, OWNER = "ann", "me"
+FOREVER_MS = 2**52
+
+
+def job(id: str, unit: str = "u1", arm: str = "new", **more: Any) -> Job:
+    values = {"ab_test": "t1", "ab_arm": arm, "ab_unit": unit, **more}
+    return Job(id, ACCOUNT, "talk", "chat", JobState.SUBMITTED, 0, 1000, "market", OWNER, 1, 1, **values)
+
+
+def settled(one: Job, state: JobState = JobState.SUCCEEDED, **more: Any) -> SettleJob:
+    outcome = Outcome(state, **{"completion_tokens": 11, "latency_us": 600_000, "first_word_us": 100_000, **more})
+    return SettleJob(one.id, ACCOUNT, "talk", OWNER, 1, outcome, unit=f"{one.ab_test}/{one.ab_arm}/{one.ab_unit}" if one.ab_test else "")
+
+
+def apply(database: Database, *operations: Any) -> list[Any]:
+    with database.writing() as connection:
+        return apply_together(connection, operations, 1000)
+
+
+def same(database: Database, test: str = "t1") -> dict[str, AbUnit]:
+    """The counters, which equal a recount but for what came from the cache."""
+    with database.reading() as connection:
+        counted, again = ab_tests.counted(connection, test), ab_tests.recount(connection, test)
+    plain = {id: replace(unit, cached=0) for id, unit in counted.items() if unit.jobs}
+    assert plain == again
+    return counted
+
+
+@pytest.fixture
+def database(database_url: str) -> Any:
+    database = Database(database_url)
+    apply(database, CreateAccount(ACCOUNT))
+    yield database
+    database.close()
+
+
+def run(database: Database, one: Job, state: JobState = JobState.SUCCEEDED, **more: Any) -> None:
+    apply(database, OpenJob(one, FOREVER_MS))
+    apply(database, settled(one, state, **more))
+
+
+def test_jobs_are_counted_once_where_they_are_settled(database: Database) -> None:
+    run(database, job("1"))
+    run(database, job("2"), latency_us=1_600_000)
+    run(database, job("3"), JobState.FAILED, error_code="cargo_failed")
+    apply(database, settled(job("1")))  # said again
+    (unit,) = same(database).values()
+    assert (unit.jobs, unit.succeeded, unit.tokens, unit.latency_us, unit.first_word_us) == (3, 2, 22, 2_200_000, 200_000)
+    assert (unit.speeds, unit.speed_milli) == (2, 20_000 + 6_666)
+
+
+def test_a_job_that_opens_and_settles_in_one_change_counts(database: Database) -> None:
+    one = job("1")
+    apply(database, OpenJob(one, FOREVER_MS), settled(one))
+    assert next(iter(same(database).values())).jobs == 1
+
+
+@pytest.mark.parametrize("code", ["coordinator_lost", "books_unavailable"])
+def test_what_is_our_own_fault_does_not_count(database: Database, code: str) -> None:
+    run(database, job("1"), JobState.FAILED, error_code=code)
+    run(database, job("2"), JobState.CANCELLED)
+    assert same(database) == {}
+
+
+def test_a_job_that_its_coordinator_left_does_not_count_until_it_is_done(database: Database) -> None:
+    apply(database, OpenJob(job("1"), FOREVER_MS), OpenJob(job("2", can_rerun=True), FOREVER_MS))
+    lost, again = (apply(database, Adopt(id, ACCOUNT, OWNER, 1, "other", 2))[0] for id in "12")
+    assert (lost.error_code, again.state) == ("coordinator_lost", JobState.SUBMITTED) and same(database) == {}
+    apply(database, replace(settled(job("2")), owner="other", owner_boot=2))
+    assert next(iter(same(database).values())).jobs == 1
+
+
+def test_jobs_of_no_test_count_nowhere(database: Database) -> None:
+    plain = job("1", ab_test="", ab_arm="")
+    run(database, plain)
+    with database.reading() as connection:
+        assert ab_tests.counted(connection, "") == {}
+
+
+def test_answers_from_the_cache_are_counted_apart(database: Database) -> None:
+    run(database, job("1"))
+    hit = replace(job("2"), bid_source=CACHE_SOURCE, state=JobState.SUCCEEDED)
+    apply(database, RecordJob(hit))
+    apply(database, AddCached("t1", "new", "u1", 3), AddCached("t1", "new", "u2", 1))
+    units = same(database)
+    assert {unit.unit: (unit.jobs, unit.cached) for unit in units.values()} == {"u1": (1, 3), "u2": (0, 1)}
+    with database.reading() as connection:
+        counts = ab_tests.counts_of(connection, "t1")["new"]
+    assert (counts.units, counts.jobs, counts.cached, counts.tally(Metric.LATENCY).units) == (2, 1, 4, 1)
+
+
+def test_thumbs(database: Database) -> None:
+    for id in "123":
+        run(database, job(id))
+    apply(database, RateJob("1", ACCOUNT, 1), RateJob("2", ACCOUNT, -1), RateJob("3", ACCOUNT, 1))
+    apply(database, RateJob("3", ACCOUNT, -1), RateJob("2", ACCOUNT, 0), RateJob("1", ACCOUNT, 1))
+    (unit,) = same(database).values()
+    assert (unit.ups, unit.rated) == (1, 2)
+    hit = replace(job("4"), bid_source=CACHE_SOURCE, state=JobState.SUCCEEDED)
+    apply(database, RecordJob(hit))
+    assert apply(database, RateJob("4", ACCOUNT, 1))[0].rating == 1
+    (unit,) = same(database).values()
+    assert (unit.ups, unit.rated) == (1, 2), "a kept answer says nothing about the version's"
+
+
+@pytest.mark.parametrize(("id", "account", "why"), [("1", "bo", Why.NO_JOB), ("9", ACCOUNT, Why.NO_JOB), ("2", ACCOUNT, Why.STATE)])
+def test_who_may_not_rate(database: Database, id: str, account: str, why: Why) -> None:
+    run(database, job("1"))
+    apply(database, OpenJob(job("2"), FOREVER_MS))
+    with pytest.raises(BooksRefused) as caught:
+        apply(database, RateJob(id, account, 1))
+    assert caught.value.why is why
+
+
+def test_speed_needs_two_tokens_and_a_first_word() -> None:
+    assert speed_milli(job("1", completion_tokens=11, latency_us=1_100_000, first_word_us=100_000)) == 10_000
+    for more in ({"completion_tokens": 1}, {"first_word_us": 0}, {"latency_us": 100_000}, {"latency_us": 50_000}):
+        values: dict[str, Any] = {"completion_tokens": 11, "latency_us": 1_100_000, "first_word_us": 100_000, **more}
+        assert speed_milli(job("1", **values)) == 0
+
+
+def test_sums_of_an_arm_are_those_of_its_units(database: Database) -> None:
+    rng = random.Random(5)
+    jobs = [(job(str(number), f"u{rng.randrange(7)}", rng.choice(["old", "new"])), rng.randrange(1, 10**7)) for number in range(60)]
+    for one, latency_us in jobs:
+        run(database, one, latency_us=latency_us, first_word_us=latency_us // 2)
+    units = list(same(database).values())
+    with database.reading() as connection:
+        counts = ab_tests.counts_of(connection, "t1")
+    for arm in ("old", "new"):
+        mine = [unit for unit in units if unit.arm == arm]
+        tally = counts[arm].tally(Metric.LATENCY)
+        assert (tally.units, tally.count) == (len(mine), sum(unit.jobs for unit in mine))
+        assert tally.total == pytest.approx(sum(unit.latency_us for unit in mine))
+        assert tally.total_squares == pytest.approx(sum(unit.latency_us**2 for unit in mine))
+        assert tally.count_squares == sum(unit.succeeded**2 for unit in mine)
+        assert tally.cross == pytest.approx(sum(unit.latency_us * unit.succeeded for unit in mine))
+
+
+def test_sums_of_squares_do_not_overflow(database: Database) -> None:
+    """Two jobs of 100 minutes each: 3.6·10^19 square microseconds are more than a BIGINT holds."""
+    for id in "12":
+        run(database, job(id, f"u{id}"), latency_us=6_000_000_000)
+    with database.reading() as connection:
+        tally = ab_tests.counts_of(connection, "t1")["new"].tally(Metric.LATENCY)
+    assert tally.total_squares == pytest.approx(2 * 6_000_000_000.0**2)
+
+
+def test_adding_in_any_order_gives_the_same() -> None:
+    rng = random.Random(9)
+    ended = [
+        replace(
+            job(str(n)),
+            state=rng.choice([JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED]),
+            completion_tokens=rng.randrange(30),
+            latency_us=rng.randrange(10**6),
+            first_word_us=rng.randrange(10**5),
+            rating=rng.choice([-1, 0, 1]),
+        )
+        for n in range(40)
+    ]
+    sums = set()
+    for _ in range(5):
+        rng.shuffle(ended)
+        sums.add(_sum(ended))
+    assert len(sums) == 1
+
+
+def _sum(ended: Sequence[Job]) -> AbUnit:
+    unit = AbUnit("t1/new/u1", "t1", "new", "u1")
+    for one in ended:
+        unit = added(unit, one)
+    return unit
+
+
+def test_names_fit_into_their_columns() -> None:
+    longest = f"{'t' * 16}/{'n' * limits.AB_NAME_CHARS_MAX}/{'u' * 24}"
+    assert len(longest) <= 160
