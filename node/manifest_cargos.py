@@ -159,7 +159,7 @@ class ManifestCargos:
         assert self._nursery is not None
         manifest, old = wanted.manifest, self._deck.of_address(self._standing[name])
         rival = self._deck.cargos.get(manifest.name)
-        if rival is not None and rival is not old and rival.address != wanted.address:
+        if rival is not None and rival.address != wanted.address and (rival is not old or self._is_needed(rival, name)):
             log.warning("%s stands for %s %s, but this Island serves another release of that", name, manifest.name, manifest.release)
             return False
         log.info("%s stands for %s %s now", name, manifest.name, manifest.release)
@@ -174,9 +174,14 @@ class ManifestCargos:
             log.warning("%s %s is not here yet; %s is served as before", manifest.name, manifest.release, name)
             return False
         self._standing[name] = wanted.address
-        if old is not None and old.address not in {*self._standing.values(), *self._given}:
+        if old is not None and not self._is_needed(old, name):
             self._nursery.start_soon(self._retire, old)
         return True
+
+    def _is_needed(self, on_deck: OnDeck, name: str) -> bool:
+        """By something else that this Island was given than a name."""
+        others = {address for reference, address in self._standing.items() if reference != name}
+        return on_deck.address in others | self._given
 
     async def _give_up(self, name: str, address: str, scope: trio.CancelScope) -> None:
         """Fetching it, once its name stands for something else."""

@@ -59,6 +59,7 @@ class CargoShelf:
         self._network, self._is_coordinator = network, is_coordinator
         self._cargos: dict[str, SignedCargo] = {}  # by address
         self._releases: dict[tuple[str, str], dict[tuple[int, int, int], set[str]]] = {}  # publisher, name -> release -> addresses
+        self._names: dict[str, set[str]] = {}  # name -> addresses, whoever has published them
         self._revoked: dict[tuple[str, str], SignedRevocation] = {}  # what, whose word (_key_of) -> the first that was heard
         self._early: OrderedDict[tuple[str, str], SignedRevocation] = OrderedDict()  # of publishers of which nothing is known here
         self._ended: set[str] = set()  # addresses that were taken away by words that count
@@ -78,6 +79,7 @@ class CargoShelf:
         self._cargos[cargo.address] = cargo
         releases = self._releases.setdefault((manifest.publisher, manifest.name), {})
         releases.setdefault(release_of(manifest.release), set()).add(cargo.address)
+        self._names.setdefault(manifest.name, set()).add(cargo.address)
         return True
 
     def judge(self, signed: SignedRevocation) -> Standing:
@@ -136,6 +138,9 @@ class CargoShelf:
     def _remove(self, address: str) -> None:
         manifest = self._cargos.pop(address).manifest
         self._ended.add(address)
+        self._names[manifest.name].discard(address)
+        if not self._names[manifest.name]:
+            del self._names[manifest.name]
         releases = self._releases[manifest.publisher, manifest.name]
         release = release_of(manifest.release)
         releases[release].discard(address)
@@ -236,8 +241,8 @@ class CargoShelf:
         if signed is not None and self._runs(signed.promotion.cargo, now_ms):
             return self._cargos[signed.promotion.cargo]
         top = release_of(signed.promotion.release) if signed is not None else None
-        found = [cargo for cargo in self._cargos.values() if cargo.manifest.name == name and _is_upto(cargo, top)]
-        runs = [cargo for cargo in found if self._runs(cargo.address, now_ms)]
+        own = [self._cargos[address] for address in self._names.get(name, ())]
+        runs = [cargo for cargo in own if _is_upto(cargo, top) and self._runs(cargo.address, now_ms)]
         return max(runs, key=lambda cargo: (release_of(cargo.manifest.release), cargo.address), default=None)
 
     def _runs(self, address: str, now_ms: int) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sql
 
+from coordinator.books.cargos import promotion_of
 from coordinator.books.schema import cache_policies, cache_purges, cargos
 from coordinator.cargo_rules import CargoState
 from protocol.cargos import CachePolicy, peek_cargo, release_of
@@ -67,9 +68,16 @@ def forget_purges(connection: sql.Connection, before_ms: int) -> int:
 
 
 def published_policy(connection: sql.Connection, name: str) -> CachePolicy | None:
-    """What the newest release that may run says, of a Cargo that was published here; None where none was."""
+    """What the Cargo that a name stands for says, as far as it was published here and may run; None where none is."""
     may_run = (cargos.c.state == CargoState.APPROVED.value) & (cargos.c.revoked_at_ms == 0)
-    rows = connection.execute(sql.select(cargos.c.envelope).where(cargos.c.name == name, may_run))
-    manifests = [peek_cargo(bytes(row.envelope)).manifest for row in rows]
-    newest = max(manifests, key=lambda manifest: release_of(manifest.release), default=None)
+    signed = promotion_of(connection, name)
+    promotion = signed.promotion if signed is not None else None
+    meant = cargos.c.name == name if promotion is None else (cargos.c.name == name) | (cargos.c.address == promotion.cargo)
+    rows = connection.execute(sql.select(cargos.c.address, cargos.c.envelope).where(meant, may_run))
+    manifests = {row.address: peek_cargo(bytes(row.envelope)).manifest for row in rows}
+    if promotion is not None and promotion.cargo in manifests:
+        return manifests[promotion.cargo].cache
+    top = release_of(promotion.release) if promotion is not None else None
+    own = [manifest for manifest in manifests.values() if top is None or release_of(manifest.release) <= top]
+    newest = max(own, key=lambda manifest: release_of(manifest.release), default=None)
     return newest.cache if newest is not None else None

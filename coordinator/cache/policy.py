@@ -67,8 +67,8 @@ def scopes_of(policy: CachePolicy, account: str, is_private: bool) -> tuple[str,
 def versions_of(releases: Sequence[str] | None, offered: Collection[str]) -> frozenset[str] | None:
     """Content hashes of a Cargo whose answers count: those that would answer now. None: all; empty: it may not run at all.
 
-    ``releases``: those of a listed name that may run, the newest first; None for a name that nobody has listed, which Islands offer as they
-    like. ``offered``: what Islands offer under it. As ``Placer`` chooses: the newest release that somebody offers. Where nobody offers
+    ``releases``: those of a listed name that may run, the best first; None for a name that nobody has listed, which Islands offer as they
+    like. ``offered``: what Islands offer under it. As ``Placer`` chooses: the first that somebody offers. Where nobody offers
     anything, whatever may run may have answered.
     """
     if releases is None:

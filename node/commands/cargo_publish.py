@@ -23,8 +23,9 @@ _PUBLISH = """\
 Publish a .cargo file at a Coordinator, which tells all Islands of the network. Your API key's account owns the name from the first release
 on. Releases only go up, and each is used once.
 
-Islands that were started with the name alone follow it to the new release. With --candidate they do not: the name goes on to stand for what
-it stands for, and the new release is run by Islands that name it, NAME@RELEASE, such as for an A/B test that tries it."""
+With --candidate the name goes on to stand for what it stands for, and the new release is run by Islands that name it, NAME@RELEASE, such as
+for an A/B test that tries it. From then on Islands that were started with the name alone follow it: to what a test promotes, and to what is
+published without --candidate. A name that never had a candidate they take as it stands when they start."""
 _REVOKE = """\
 Take a Cargo off the network, for good: no Island runs it any more, and what runs of it is ended. WHAT is NAME@RELEASE or an address; with
 --key PEER_ID it is everything that this publisher's key has ever signed (for a key that was lost). There is no way back: what was mended is

@@ -12,6 +12,7 @@ import trio
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
 
+from coordinator.books import cache_rows
 from coordinator.books import cargos as cargo_rows
 from coordinator.books.migrations.versions import v0005_ab_tests
 from coordinator.books.schema import cargo_promotions
@@ -20,7 +21,7 @@ from coordinator.http.cargo_routes import STATUS
 from coordinator.keys import create_key
 from coordinator.registry import Registry
 from protocol.cargo_promotions import Promotion, SignedPromotion, read_promotion, sign_promotion
-from protocol.cargos import Runtime, SignedCargo
+from protocol.cargos import CachePolicy, Runtime, SignedCargo
 from tests.coordinator.cache_net import ask, cached, said, strategy
 from tests.coordinator.clients import http
 from tests.coordinator.desks import OTHER, error_of, get, opened, until, url_of
@@ -368,6 +369,29 @@ async def test_answers_that_are_kept_follow(books_url: str, monkeypatch: pytest.
         await promote(running, old, "helper", origin="rollback:1")
         assert await told(running, "again") == ("old", None)
         assert await told(running, "not asked meanwhile") == ("old", "exact")
+
+
+async def test_an_operator_is_shown_the_policy_of_what_the_name_stands_for(books_url: str) -> None:
+    named = ((NAME, "1.0.0"), (NAME, "2.0.0"), ("another", "1.0.0"))
+    one, two, alias = (cargo(*what, cache=CachePolicy(ttl_s=number)) for number, what in enumerate(named, 1))
+    async with opened(books_url) as running:
+
+        async def ttl() -> int:
+            policy = await running.server.books.ask(cache_rows.published_policy, NAME)
+            return policy.ttl_s if policy is not None else 0
+
+        await published(running, one, alias)
+        found = [await ttl()]
+        await published(running, two, candidate=True)
+        found.append(await ttl())
+        for each in (two, alias):
+            await promote(running, each)
+            found.append(await ttl())
+        await running.server.registry.revoke(revocation(alias))
+        assert [*found, await ttl()] == [1, 1, 2, 3, 2], "2.0.0 stood for it before, and stands in"
+        await running.server.registry.revoke(revocation(two))
+        await running.server.registry.revoke(revocation(one))
+        assert await ttl() == 0
 
 
 async def test_an_account_of_its_own(books_url: str) -> None:

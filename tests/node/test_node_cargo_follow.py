@@ -316,6 +316,14 @@ async def test_two_names_that_stand_for_the_same_cargo(autojump_clock: Clock, be
         assert bench.offered() == {"another": "1.0.0", NAME: "2.0.0"}
 
 
+async def test_the_release_that_its_owner_named_as_well_is_not_pushed_aside(autojump_clock: Clock, bench: Bench) -> None:
+    await move(bench, ONE, 1)
+    async with serving(bench, NAME, f"{NAME}@1.0.0"):
+        await move(bench, TWO, 2)
+        await trio.sleep(2 * manifest_cargos._LEAVE_S)
+        assert bench.offered() == {NAME: "1.0.0"} and bench.open == [ONE.address]
+
+
 async def test_another_release_of_its_name_is_not_pushed_aside(
     autojump_clock: Clock, bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
