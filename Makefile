@@ -7,7 +7,7 @@ BIN := .venv/bin
 SETUP = $(PYTHON) .ci/environment.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-images setup-test demo demo-images demo-pipeline test soak bench lint clean python
+.PHONY: help setup setup-images setup-test demo demo-images demo-pipeline demo-ab test soak bench lint clean python
 
 help:  ## This list
 	@echo "Archipelag: home GPUs as one inference service. Begin with: make demo"
@@ -36,6 +36,9 @@ demo-images: setup-images  ## The same with a picture: installs torch and diffus
 
 demo-pipeline: setup  ## One model over several Islands, one of which is killed in the middle of an answer
 	@$(BIN)/archipelag-node demo --pipeline $(ARGS)
+
+demo-ab: setup  ## An A/B test of two releases of a Cargo, from the candidate to the promotion and back
+	@$(BIN)/archipelag-node demo --ab $(ARGS)
 
 test: setup-test  ## All tests, with reduced counts
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 2 $(ARGS)

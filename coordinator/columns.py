@@ -21,7 +21,7 @@ from coordinator.planning import Plan
 from coordinator.pricing import PREFILL_SPEEDUP, TIME_BASE_MS, TIME_MARGIN, TOKENS_PER_S_ASSUMED
 from coordinator.regions import Closeness, Residency, closeness
 from protocol import limits
-from protocol.ads import CargoOffer
+from protocol.ads import Ad, CargoOffer
 from protocol.prices import Ask
 
 Floats = npt.NDArray[np.float64]
@@ -411,6 +411,10 @@ class Columns:
         same = (candidate.offer.content_hash == content_hash for candidate in self._candidates)
         return np.fromiter(same, np.bool_, len(self))
 
+    def largest_context(self, content_hash: str) -> int:
+        offers = (candidate.offer for candidate in self._candidates)
+        return max((offer.context_tokens for offer in offers if offer.content_hash == content_hash), default=0)
+
     def has_engine(self, engine: str) -> Bools:
         same = (candidate.offer.engine == engine for candidate in self._candidates)
         return np.fromiter(same, np.bool_, len(self))
@@ -421,3 +425,17 @@ def _thousandths(thousands: Ints, rest: Ints, count: int | Ints) -> Ints:
     least = max(count, 1) if isinstance(count, int) else np.maximum(count, 1)
     priced: Ints = np.minimum(thousands, limits.PRICE_MICROS_MAX // least + 1) * count + (rest * count + 999) // 1000
     return priced
+
+
+def memory_used(ad: Ad) -> int:
+    """Bytes of all that an Island holds, of KV caches what is in use."""
+    cargos = sum(offer.weights_bytes + offer.compute_bytes + kv_used(offer) for offer in ad.offers)
+    shards = sum(
+        shard.weights_bytes + shard.compute_bytes + shard.process_bytes + shard.kv_tokens_total * shard.kv_bytes_per_token
+        for shard in ad.shards
+    )
+    return cargos + shards
+
+
+def kv_used(offer: CargoOffer) -> int:
+    return (offer.kv_tokens_total - offer.kv_tokens_free) * offer.kv_bytes_per_token

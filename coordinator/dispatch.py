@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 # Words of a pipeline's driver that say nothing against the Island itself: its route was planned anew, or a stage refused the job.
 _PASSING = frozenset({Code.BAD_TICKET, Code.UNKNOWN_CARGO, Code.TIMEOUT, Code.NO_ISLAND})
-_NEWEST = 2**63 - 1  # no ad is newer
+NEVER_NEWER = 2**63 - 1  # an ad's sequence: no ad is newer
 Emit = Callable[[Event], Awaitable[None]]
 
 
@@ -230,7 +230,7 @@ class Dispatcher:
             spec.cargo,
             tokens,
             affinity,
-            excluded=dict.fromkeys(spec.avoid, _NEWEST),
+            excluded=dict.fromkeys(spec.avoid, NEVER_NEWER),
             prompt_tokens=tokens - request.max_tokens,
             output_tokens=request.max_tokens,
             price_max_micros=spec.price_max_micros,

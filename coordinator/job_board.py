@@ -68,7 +68,9 @@ class Cache(Protocol):
 class Router(Protocol):
     """Chooses the version of a Cargo that a request gets."""
 
-    def assign(self, order: Order) -> Order: ...
+    async def assign(self, order: Order) -> Order:
+        """Raises BooksUnavailable."""
+        ...
 
     def note_cached(self, order: Order) -> None:
         """The answer of an order that was assigned came from the cache."""
@@ -158,7 +160,7 @@ class JobBoard:
         Raises BooksRefused or BooksUnavailable.
         """
         if self._router is not None:
-            order = self._router.assign(order)
+            order = await self._router.assign(order)
         if self._cache is not None and (events := await self._cache.look(order)) is not None:
             if self._router is not None:
                 self._router.note_cached(order)

@@ -84,7 +84,7 @@ class MarketShell:
         """See desk.Bidding. Raises BooksUnavailable."""
         there = self._placer.price_range(cargo, work.prompt_tokens, work.output_tokens, work.job_s_max, content_hash)
         prices = AskPrices(_times(there.cheapest, work.choices), _times(there.median, work.choices))
-        saved = None if explicit is not None else await self._saved_bid(account, cargo)
+        saved = None if explicit is not None else await self.saved_bid(account, cargo)
         market = self._markets.market(cargo, None, self._placer.queued(cargo), there.slots, self._clock_ms())
         bid = resolve_bid(work, market, prices, available_micros=_EVERYTHING, explicit=explicit, saved=saved)
         if bid is None:
@@ -94,7 +94,8 @@ class MarketShell:
     def _standing(self, cargo: str) -> list[StandingAsk]:
         return [StandingAsk(peer, ask, speed, total) for peer, ask, speed, _, total in self._placer.asks(cargo)]
 
-    async def _saved_bid(self, account: str, cargo: str) -> int | None:
+    async def saved_bid(self, account: str, cargo: str) -> int | None:
+        """What an account bids for a Cargo where a request says nothing, as it was within SAVED_BIDS_S. Raises BooksUnavailable."""
         known = self._saved.get((account, cargo))
         if known is not None and trio.current_time() < known[1]:
             return known[0]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import trio
 
+from coordinator.abtests.plan import Arm
 from coordinator.abtests.router import AbRouter
 from coordinator.abtests.service import AbTests
 from coordinator.affinity import Affinity
@@ -26,7 +27,7 @@ from coordinator.config import CoordinatorConfig
 from coordinator.desk import Desk
 from coordinator.direct import DirectBooks
 from coordinator.direct_keys import DirectKeys
-from coordinator.dispatch import Dispatcher
+from coordinator.dispatch import NEVER_NEWER, Dispatcher
 from coordinator.files import Files
 from coordinator.http.account_routes import AccountRoutes
 from coordinator.http.child_orders import ChildOrders
@@ -35,6 +36,7 @@ from coordinator.http.terms import Terms
 from coordinator.job_board import JobBoard
 from coordinator.keys import KeyStore
 from coordinator.market import MarketShell
+from coordinator.matching import Refusal, Wish, declared_tokens
 from coordinator.orders import Identity, Order
 from coordinator.pipelines import Pipelines
 from coordinator.placement import Placer
@@ -56,6 +58,8 @@ from privacy.keys import cache_salt
 from privacy.sealed_rows import RowSealer
 from protocol import limits
 from protocol.cargo_promotions import sign_promotion
+from protocol.errors import Code
+from protocol.generation import GenerationRequest
 from protocol.identity import Signer
 from protocol.shards import ShardManifest
 
@@ -173,6 +177,8 @@ class Parts:
             time.monotonic,
             self.books.now_ms,
             lambda: secrets.token_hex(8),
+            functools.partial(_fits, self.placer, config.job_timeout_s),
+            self.market.saved_bid,
         )
         self.worker = AbRouter(self.ab_tests, self.cache if has_cache else self.desk)
         restore = _restorer(salt_secret, config, self.placer, self.ab_tests)
@@ -263,6 +269,30 @@ class Parts:
         await nursery.start(self.upkeep.run)
         nursery.start_soon(self.direct_keys.run)
         nursery.start_soon(self.direct.run)
+
+
+def _fits(placer: Placer, job_timeout_s: float, order: Order, arm: Arm, bid_micros: int | None) -> bool:
+    """Whether an Island could run an order in an arm of an A/B test, now or once one has room."""
+    spec = order.spec
+    request = max(spec.choices, key=lambda choice: declared_tokens(choice.input_chars, choice.max_tokens))
+    tokens = declared_tokens(request.input_chars, request.max_tokens)
+    wish = Wish(
+        arm.cargo,
+        tokens,
+        content_hash=arm.address,
+        excluded=dict.fromkeys(spec.avoid, NEVER_NEWER),
+        prompt_tokens=tokens - request.max_tokens,
+        output_tokens=request.max_tokens,
+        policy=spec.policy,
+        account=spec.account,
+        job_s_max=job_timeout_s,
+    )
+    if isinstance(request, GenerationRequest) and tokens > placer.largest_context(arm.cargo, arm.address):
+        return False
+    outcome = placer.preview(wish, None if bid_micros is None else bid_micros // len(spec.choices))
+    if not isinstance(outcome, Refusal):
+        return True
+    return outcome.code is Code.NO_CAPACITY and not (outcome.is_lasting or outcome.by_price)
 
 
 def _now_ms() -> int:

@@ -24,7 +24,7 @@ from typing import Protocol
 import numpy as np
 import trio
 
-from coordinator.columns import Candidate, Columns, Known
+from coordinator.columns import Candidate, Columns, Known, kv_used, memory_used
 from coordinator.crowds import Crowds
 from coordinator.matching import Choice, Refusal, Wish, choose
 from coordinator.pipelines import Pipelines
@@ -229,10 +229,8 @@ class Placer:
         facts = self._columns(cargo)
         if not len(facts):
             return PriceRange()
-        chosen = facts.is_staying & facts.is_approved
-        try:
-            version = self._pinned(Wish(cargo, 0, content_hash=content_hash)).content_hash
-        except NotPlaced:
+        chosen, version = facts.is_staying & facts.is_approved, self._version(cargo, content_hash)
+        if version is None:
             return PriceRange()
         if version:
             chosen = chosen & facts.has_content(version)
@@ -246,12 +244,19 @@ class Placer:
 
     def slots(self, cargo: str, policy: Residency | None = None) -> int:
         """Jobs of a Cargo that run at once, at most, on the Islands that offer it now, free or busy; 0 where there are none."""
+        facts, version = self._columns(cargo), self._version(cargo)
+        return facts.slots(version, policy) if version is not None and len(facts) else 0
+
+    def _version(self, cargo: str, content_hash: str = "") -> str | None:
+        """The content hash that runs under a name now; empty: any; None: none may."""
         try:
-            wish = self._pinned(Wish(cargo, 0))
+            return self._pinned(Wish(cargo, 0, content_hash=content_hash)).content_hash
         except NotPlaced:
-            return 0
-        facts = self._columns(cargo)
-        return facts.slots(wish.content_hash, policy) if len(facts) else 0
+            return None
+
+    def largest_context(self, cargo: str, content_hash: str) -> int:
+        """Tokens that the roomiest Island with this version takes when it is idle."""
+        return self._columns(cargo).largest_context(content_hash)
 
     def addresses_of(self, island: str) -> tuple[str, ...]:
         """Where it is reached, as its ad says; none where it is not in the book."""
@@ -503,7 +508,7 @@ class Placer:
         for ad in changed:
             if ad.peer in before:
                 self._drop_offers(before[ad.peer].ad, ad)
-            used = _memory_used(ad)
+            used = memory_used(ad)
             for offer in ad.offers:
                 self._put(ad, offer, used)
 
@@ -540,7 +545,7 @@ class Placer:
         return Known(
             region=ad.region,
             memory_offered_bytes=ad.memory_offered_bytes,
-            memory_other_bytes=memory_used - _kv_used(offer),
+            memory_other_bytes=memory_used - kv_used(offer),
             measured_tokens_per_s=measured,
             cool_until_s=standing.cool_until_s(ad.peer),
             karma_milli=standing.karma_milli(ad.peer),
@@ -551,7 +556,7 @@ class Placer:
         entry = self._entries.get(peer)
         if entry is None:
             return
-        used = _memory_used(entry.ad)
+        used = memory_used(entry.ad)
         for offer in entry.ad.offers:
             facts = self._facts[offer.name]
             before = facts.known(facts.row_of(peer))
@@ -571,20 +576,6 @@ class Placer:
         if len(self._last_offered_s) > limits.CARGOS_REMEMBERED_MAX:
             by_time = sorted(self._last_offered_s.items(), key=lambda item: item[1])
             self._last_offered_s = dict(by_time[-limits.CARGOS_REMEMBERED_MAX // 2 :])
-
-
-def _memory_used(ad: Ad) -> int:
-    """Bytes of all that an Island holds, of KV caches what is in use."""
-    cargos = sum(offer.weights_bytes + offer.compute_bytes + _kv_used(offer) for offer in ad.offers)
-    shards = sum(
-        shard.weights_bytes + shard.compute_bytes + shard.process_bytes + shard.kv_tokens_total * shard.kv_bytes_per_token
-        for shard in ad.shards
-    )
-    return cargos + shards
-
-
-def _kv_used(offer: CargoOffer) -> int:
-    return (offer.kv_tokens_total - offer.kv_tokens_free) * offer.kv_bytes_per_token
 
 
 def _kind(wish: Wish) -> object | None:

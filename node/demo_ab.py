@@ -128,6 +128,9 @@ def run_ab_demo(out: TextIO) -> None:
         after = _ask_some(users, "after", out)
         if after >= before:
             raise DemoFailed(f"requests took {before:.1f} ms before the promotion and {after:.1f} ms after it")
+        shell.run("ab", "rollback", test_id)
+        _wait(f"{follower.name} to go back", lambda: _serves(follower) == [addresses[OLD]])
+        say(out, f"    {follower.name} has gone back to {addresses[OLD][:_ADDRESS_CHARS]}, {NAME} {OLD}")
         say(out, "stopping …")
 
 

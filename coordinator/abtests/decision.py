@@ -55,14 +55,14 @@ class GuardrailState(StrEnum):
 
 # What stands in ``Report.blocked`` and ``Report.waiting``, in words.
 WORDS: Mapping[str, str] = {
-    "sample_ratio": "units did not go to the arms in the shares of the plan, so the arms cannot be compared",
-    "guardrail_violated": "an arm is worse by more than a guardrail allows",
+    "sample_ratio": "units did not go to the variants in the shares of the plan, so these cannot be compared",
+    "guardrail_violated": "a variant is worse by more than a guardrail allows",
     "held": "the test is held",
     "minimum_hours": "the minimum time has not passed",
-    "minimum_samples": "an arm has fewer units than the minimum",
-    "too_few_units": f"an arm has fewer than {UNITS_MIN} units that count, or few units bring most of its jobs",
-    "not_conclusive": "no arm is shown to be better",
-    "guardrail_open": "a guardrail of the better arm is not shown to hold",
+    "minimum_samples": "a variant has fewer units than the minimum",
+    "too_few_units": f"a variant has fewer than {UNITS_MIN} units that count, or few units bring most of its jobs",
+    "not_conclusive": "no variant is shown to be better",
+    "guardrail_open": "a guardrail of the better variant is not shown to hold",
 }
 
 

@@ -29,12 +29,13 @@ class AbRouter:
     def __repr__(self) -> str:
         return f"<AbRouter {self._tests!r}>"
 
-    def assign(self, order: Order) -> Order:
-        return self._tests.assign(order)
+    async def assign(self, order: Order) -> Order:
+        """Raises BooksUnavailable."""
+        return await self._tests.assign(order)
 
     async def run(self, order: Order, emit: Emit) -> None:
         """Says first which arm the request is in, if it is in one. Raises what Desk.run raises."""
-        order = self._tests.assign(order)
+        order = await self._tests.assign(order)
         arm = order.arm
         if arm is None:
             await self._worker.run(order, emit)

@@ -50,6 +50,7 @@ POLL_S = 1.0
 LOOK_S = 10.0
 STEP_MAX_MS = 60_000  # of running time, that one look may add
 CHANGES_MAX = 8  # times that a promotion by hand is tried while others change the test
+PLAIN_CHARS_MAX = 4_000  # of a request without wishes that any version of a Cargo can take
 HELD_S = 0.25  # what Islands offer is looked at so often
 CACHED_AT_ONCE = 500  # counts of answers from the cache in one change
 _MS_PER_HOUR = 3_600_000
@@ -84,7 +85,11 @@ class _Live:
 
 class AbTests:
     """``offered(cargo)``: content hashes that Islands offer under a name now; ``secret``: keys the hashes of units, the same at all
-    Coordinators of a database; ``clock``: seconds, only forward; ``now_ms``: the database's clock, Unix milliseconds."""
+    Coordinators of a database; ``clock``: seconds, only forward; ``now_ms``: the database's clock, Unix milliseconds.
+
+    ``fits(order, arm, micros)``: whether some Island could ever run an order in an arm, for so much at most (None: anything);
+    ``saved_bid(account, cargo)``: what an account bids where a request says nothing. Raises BooksUnavailable.
+    """
 
     def __init__(
         self,
@@ -95,8 +100,11 @@ class AbTests:
         clock: Callable[[], float],
         now_ms: Callable[[], Awaitable[int]],
         new_id: Callable[[], str],
+        fits: Callable[[Order, Arm, int | None], bool],
+        saved_bid: Callable[[str, str], Awaitable[int | None]],
     ) -> None:
         self._books, self._registry, self._offered, self._secret = books, registry, offered, secret
+        self._fits, self._saved_bid = fits, saved_bid
         self._clock, self._now_ms, self._new_id = clock, now_ms, new_id
         self._active: dict[str, _Live] = {}  # by the base's name
         self._tests: dict[str, AbTest] = {}  # that have begun and not ended
@@ -104,6 +112,7 @@ class AbTests:
         self._seq = 0
         self._lock, self._flushing = trio.Lock(), trio.Lock()
         self.assigned = 0
+        self.unfit = 0  # requests that got the base because not every arm could run them
         self.held = 0  # requests that got the base because their test stood still
         self.looks = 0
 
@@ -112,10 +121,11 @@ class AbTests:
 
     # ---- requests
 
-    def assign(self, order: Order) -> Order:
+    async def assign(self, order: Order) -> Order:
         """The order for the version that it is to get: of its arm where it is in a test, else of what the name stands for.
 
-        A request that a quote has promised to an Island stays what it is.
+        A request that a quote has promised to an Island stays what it is. One that not every arm could run, for its bid, its policy or its
+        length, is in none: it must not fail for the test, and the arms must get the same kinds of requests. Raises BooksUnavailable.
         """
         live = self._active.get(order.spec.cargo)
         if live is None or order.arm is not None or order.spec.content_hash or order.quote_id or order.spec.island:
@@ -124,12 +134,22 @@ class AbTests:
             self.held += 1
             return self.resolved(order)
         test, plan = live.test, live.test.plan
+        if not await self._fits_all(order, plan.arms):
+            self.unfit += 1
+            return self.resolved(order)
         unit = unit_key(self._secret, plan.unit, test.id, order.account, order.user, order.spec.job_id)
         if not is_enrolled(test.id, unit, exposure_percent(plan.ramp, test.active_ms)):
             return self.resolved(order)
         arm = arm_of(plan, test.id, unit)
         self.assigned += 1
         return replace(_pinned(order, arm.cargo, arm.address), arm=AbArm(test.id, arm.name, unit))
+
+    async def _fits_all(self, order: Order, arms: tuple[Arm, ...]) -> bool:
+        bid = order.bid_micros if order.bid_micros is not None else await self._saved_bid(order.account, order.spec.cargo)
+        is_plain = bid is None and order.spec.policy is None and not order.spec.avoid
+        if is_plain and max(choice.input_chars for choice in order.spec.choices) <= PLAIN_CHARS_MAX:
+            return True
+        return all(self._fits(order, arm, bid) for arm in arms)
 
     def resolved(self, order: Order) -> Order:
         """A name may stand for a Cargo of another name, since a promotion."""
@@ -218,6 +238,8 @@ class AbTests:
         await self.flush()
         counts = await self._books.ask(rows.counts_of, test.id)
         held = self._look_for(test.plan.arms) if not test.state.ended else ""
+        if not held:
+            test = _run_on(test, await self._now_ms())
         exposure = exposure_percent(test.plan.ramp, test.active_ms) if test.state is AbState.ACTIVE else 0.0
         return Results(test, counts, await _judged(test, counts), exposure, held)
 
@@ -487,7 +509,13 @@ class AbTests:
 
     def gauges(self) -> dict[str, float]:
         """For /metrics; any thread may read them."""
-        return {"ab_tests_active": len(self._active), "ab_assigned": self.assigned, "ab_held": self.held, "ab_looks": self.looks}
+        return {
+            "ab_tests_active": len(self._active),
+            "ab_assigned": self.assigned,
+            "ab_held": self.held,
+            "ab_unfit": self.unfit,
+            "ab_looks": self.looks,
+        }
 
 
 def _pinned(order: Order, cargo: str, address: str) -> Order:

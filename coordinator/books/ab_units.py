@@ -5,7 +5,7 @@ follows from the job's own row (``Counted``), so the sums equal a recount of the
 these: the observation is the unit, not the job (coordinator/abtests/statistics.py).
 
 Rules. Jobs that succeeded or failed count; those that were cancelled, whose Coordinator was lost or whose books were away do not, since
-that is no fault of the version that was tried. Answers from the cache are counted apart.
+that is no fault of the version that was tried; their units do. Answers from the cache are counted apart.
 """
 
 from __future__ import annotations
@@ -135,9 +135,9 @@ def unit_row(rows: Rows, test: str, arm: str, unit: str) -> AbUnit:
 
 
 def note_job(rows: Rows, job: Counted) -> None:
-    """Counts a job that has just ended; its unit's row was read."""
-    if counts(job):
-        rows.put(AB_UNITS, added(unit_row(rows, job.ab_test, job.ab_arm, job.ab_unit), job))
+    """Counts a job that has just ended; its unit's row was read. Of one that does not count it is still known that its unit was given the
+    arm: who gives up on a slow version must not be missing where the arms' units are compared with their shares."""
+    rows.put(AB_UNITS, added(unit_row(rows, job.ab_test, job.ab_arm, job.ab_unit), job))
 
 
 @dataclass(frozen=True, slots=True)

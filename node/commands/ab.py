@@ -19,8 +19,8 @@ examples:
   archipelag-node ab create --name faster --base answers --variant old=answers@1.0.0:50 --variant new=answers@2.0.0:50 \\
     --metric latency --minimum-samples 1000 --minimum-hours 24 --guardrail success:1 --activate --watch
   archipelag-node ab create test.toml --ramp 5%:1h --ramp 25%:6h --no-auto-promote
-  archipelag-node ab watch ab_4f1c2a9b8d7e6f5a4b3c2d1e
-  archipelag-node ab promote ab_4f1c2a9b8d7e6f5a4b3c2d1e --variant new
+  archipelag-node ab watch 4f1c2a9b8d7e6f5a
+  archipelag-node ab promote 4f1c2a9b8d7e6f5a --variant new
 
 a file, test.toml:
   name = "faster"

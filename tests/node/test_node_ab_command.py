@@ -294,7 +294,7 @@ BY_HAND = ab_test(hours=30, plan=replace(PLAN, auto_promote=False))
     "made, words",
     [
         (results(ab_test(AbState.DRAFT), ArmCounts(), ArmCounts()), f"not begun. Next: {ACTIVATE}"),
-        (results(LATE, arm(2000, 400), arm(2000, 399)), "waiting: no arm is shown to be better"),
+        (results(LATE, arm(2000, 400), arm(2000, 399)), "waiting: no variant is shown to be better"),
         (results(LATE, *MANY), "new has won; it is promoted within seconds"),
         (results(BY_HAND, *MANY), f"new has won. Next: archipelag-node ab promote {ID}"),
         (results(LATE, arm(2000, 400), arm(2000, 450)), f"old is better than every other variant. Next: archipelag-node ab rollback {ID}"),

@@ -12,6 +12,7 @@ from typing import cast
 import pytest
 
 from node import demo_ab
+from node.cli import main
 from node.demo_ab import NEW, OLD, Users, primes_below, run_ab_demo
 from node.demo_ab_programs import ABOUT, BELOW_MAX, module
 from node.demo_client import DemoFailed
@@ -89,8 +90,20 @@ def test_a_user_of_two_variants_ends_the_demo(monkeypatch: pytest.MonkeyPatch) -
         ask(Users("http://127.0.0.1:1", "ak_x"), Connection(right, "old", "new"))
 
 
+def test_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit status 0 is for a demo that went to its end."""
+
+    def fail(out: object) -> None:
+        raise DemoFailed("the test has promoted nothing")
+
+    monkeypatch.setattr(demo_ab, "run_ab_demo", lambda out: None)
+    assert main(["demo", "--ab"]) == 0
+    monkeypatch.setattr(demo_ab, "run_ab_demo", fail)
+    assert main(["demo", "--ab"]) == 1
+
+
 def test_from_two_releases_to_a_promotion() -> None:
-    """About 25 s: five nodes start with their workers, nine commands run, and a Coordinator looks at a test every 10 s."""
+    """About 30 s: five nodes start with their workers, ten commands run, and a Coordinator looks at a test every 10 s."""
     out = io.StringIO()
     run_ab_demo(out)
     said = out.getvalue()
@@ -104,4 +117,5 @@ def test_from_two_releases_to_a_promotion() -> None:
     before, after = (float(one) for one in re.findall(r"a request for primes takes ([\d.]+) ms", said))
     assert after < before
     assert "island-1, which was started with --cargo primes, has followed" in said
-    assert said.endswith("stopping …\n")
+    assert "rolled back: primes stands for what it was before the test" in said
+    assert re.search(r"island-1 has gone back to [0-9a-f]{16}, primes 1.0.0\nstopping …\n\Z", said)

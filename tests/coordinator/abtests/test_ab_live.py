@@ -16,7 +16,8 @@ from coordinator.books import cargos as cargo_rows
 from coordinator.books import schema
 from coordinator.cache.policy import CacheConfig
 from coordinator.cargo_rules import CargoState
-from coordinator.keys import create_key
+from coordinator.keys import ACCOUNT_DEFAULT, create_key
+from coordinator.orders import Order
 from protocol.cargos import Runtime
 from tests.coordinator.abtests.ab_net import (
     AB,
@@ -41,7 +42,7 @@ from tests.coordinator.abtests.ab_net import (
     variants_of,
 )
 from tests.coordinator.clients import http
-from tests.coordinator.desks import OTHER, ended, error_of, mortal, opened, submit, until
+from tests.coordinator.desks import OTHER, ended, error_of, mortal, opened, submit, until, url_of
 from tests.coordinator.fakes import Running, Script
 from tests.protocol.cargo_samples import cargo
 from tests.protocol.samples import NOW_MS
@@ -469,17 +470,58 @@ async def test_thumbs_of_consumers_count(database_url: str) -> None:
 
 
 async def test_assigning_asks_no_database(database_url: str) -> None:
-    """What is asked is asked in the background, or by the market once."""
+    """But once for what the account bids, which is then known for a while."""
     async with talking(database_url) as running:
         await started(running)
-        asked = running.server.books.ask
-        counts = Counter[str]()
+        tests, books = service_of(running), running.server.books
+        assign, asked, questions, inside = tests.assign, books.ask, list[str](), set[trio.lowlevel.Task]()
+
+        async def noting(order: Order) -> Order:
+            inside.add(trio.lowlevel.current_task())
+            try:
+                return await assign(order)
+            finally:
+                inside.remove(trio.lowlevel.current_task())
 
         async def counting(question: Any, *arguments: Any) -> Any:
-            counts[question.__name__] += 1
+            if trio.lowlevel.current_task() in inside:
+                questions.append(question.__name__)
             return await asked(question, *arguments)
 
-        running.server.books.ask = counting  # type: ignore[method-assign]
-        await variants_of(running, USERS[:10])
-        running.server.books.ask = asked  # type: ignore[method-assign]
-        assert set(counts) <= {"tests_after", "test_of", "counts_of", "_read", "read", "saved_bid"} and counts["saved_bid"] <= 2, counts
+        tests.assign, books.ask = noting, counting  # type: ignore[method-assign]
+        assert None not in (await variants_of(running, USERS[:10])).values()
+        tests.assign, books.ask = assign, asked  # type: ignore[method-assign]
+        assert questions == ["saved_bid"]
+
+
+QUICK: dict[str, Any] = {"island_wait_s": 0.01, "capacity_wait_s": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("wish", "text", "status"),
+    [
+        # the new release asks twice as much, and has a context of 5,000 tokens; neither stands anywhere in particular
+        ({"bid_price": 0.03}, "one two three", 200),
+        ({}, "word " * 6_000, 200),
+        ({"policy": {"regions": ["de"]}}, "one two three", 503),
+    ],
+)
+async def test_a_request_that_not_every_arm_could_run_is_in_none(tmp_path: Any, wish: dict[str, Any], text: str, status: int) -> None:
+    """It gets what it would get without the test, whatever arm its user is in; or the test would see other requests in each arm."""
+    cheap, dear = offering(OLD, 1, NEW_ASK), offering(NEW, 2, OLD_ASK)
+    dear.offers = (replace(dear.offers[0], context_tokens=5_000),)
+    async with talking(url_of(tmp_path), cheap, dear, **QUICK) as running:
+        await started(running)
+        assert set((await variants_of(running, USERS[:12])).values()) == {"control", "new"}
+        answers = [await chat(running, user, text, **wish) for user in USERS[:12]]
+        assert {answer.status_code for answer in answers} == {status}, ("as without a test", answers[0].text[:500])
+        assert status != 200 or not any("ab_variant_name" in answer.json()["metadata"] for answer in answers)
+        assert service_of(running).unfit == 12
+
+
+async def test_a_saved_bid_counts_as_a_bid(tmp_path: Any) -> None:
+    cheap, dear = offering(OLD, 1, NEW_ASK), offering(NEW, 2, OLD_ASK)
+    async with talking(url_of(tmp_path), cheap, dear) as running:
+        await started(running)
+        await running.server._parts.market.save_bid(ACCOUNT_DEFAULT, NAME, 30_000)
+        assert set((await variants_of(running, USERS[:12])).values()) == {None}

@@ -81,7 +81,10 @@ def test_a_job_that_opens_and_settles_in_one_change_counts(database: Database) -
 def test_what_is_our_own_fault_does_not_count(database: Database, code: str) -> None:
     run(database, job("1"), JobState.FAILED, error_code=code)
     run(database, job("2"), JobState.CANCELLED)
-    assert same(database) == {}
+    (unit,) = same(database).values()
+    assert unit == AbUnit("t1/new/u1", "t1", "new", "u1"), "but that the unit was given this arm"
+    with database.reading() as connection:
+        assert ab_tests.counts_of(connection, "t1")["new"].units == 1
 
 
 def test_a_job_that_its_coordinator_left_does_not_count_until_it_is_done(database: Database) -> None:
