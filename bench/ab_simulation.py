@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from coordinator.abtests.statistics import sample_ratio
 
 TESTS, LOOKS, UNITS_PER_LOOK = 2000, 30, 100
 ERRORS_MAX, POWER_MIN = 0.05, 0.75  # the bars
+BLOCKED_MAX = 1.5  # percent of tests
 EFFECT_SD = 0.1
 SEED = 7
 _CHUNK = 250  # tests drawn at once, some 100 MB
@@ -168,6 +169,45 @@ def _ratio_blocks(on_trial: int, total: int) -> bool:
     return p_value is not None and p_value < RATIO_P_MIN
 
 
+@dataclass
+class GivenUp:
+    """How many tests did this at one look at least; ``harmful_by``: the units a side that they had then, for each that was harmful."""
+
+    tests: int = 0
+    blocked: int = 0
+    promoted: int = 0
+    harmful_by: list[int] = field(default_factory=list)
+
+
+def given_up(shares: tuple[float, float], faster: float, tests: int, chance: np.random.Generator) -> GivenUp:
+    """Tests of latency, one job a unit, in which of the control's jobs and of those on trial such ``shares`` are given up. Of the others
+    those on trial take ``faster`` less of their mean, with exponential latencies."""
+    plan = plan_of(BETTER, guardrails=())
+    counted = GivenUp()
+    for _ in range(tests):
+        gone = [(chance.random((LOOKS, UNITS_PER_LOOK)) < share) for share in shares]
+        taken = [chance.exponential(mean, (LOOKS, UNITS_PER_LOOK)) for mean in (1.0, 1.0 - faster)]
+        arms = {name: _seen_whole(left, its) for name, left, its in zip(("base", "new"), gone, taken, strict=True)}
+        looks = [judge(plan, {name: its[look] for name, its in arms.items()}, 24.0 * (look + 1)) for look in range(LOOKS)]
+        counted.tests += 1
+        counted.blocked += any("abandoned" in report.blocked for report in looks)
+        counted.promoted += any(report.verdict is Verdict.PROMOTE for report in looks)
+        harmful = [look for look, report in enumerate(looks) if report.verdict is Verdict.HARMFUL]
+        counted.harmful_by += [(harmful[0] + 1) * UNITS_PER_LOOK] if harmful else []
+    return counted
+
+
+def _seen_whole(gone: Numbers, taken: Numbers) -> list[ArmCounts]:
+    """What an arm has come to at each look; the latency is known of the jobs that nobody gave up."""
+    ended, left = (~gone).sum(1).cumsum().tolist(), gone.sum(1).cumsum().tolist()
+    total, squares = ((taken**power * ~gone).sum(1).cumsum().tolist() for power in (1, 2))
+    found = []
+    for n, s, ss, a in zip(ended, total, squares, left, strict=True):
+        tallies = {Metric.LATENCY: Tally(n, n, s, ss, n, s), Metric.ABANDONED: Tally(n + a, n + a, a, a, n + a, a)}
+        found.append(ArmCounts(units=n + a, jobs=n, tallies=tallies))
+    return found
+
+
 def run(quick: bool = False) -> dict[str, Any]:
     """All figures; about a minute, or some ten seconds when quick."""
     tests = TESTS // 8 if quick else TESTS
@@ -175,12 +215,15 @@ def run(quick: bool = False) -> dict[str, Any]:
     same = {one.name: seen(one, plan_of(one), tests, chance) for one in SCENARIOS}
     power = seen(BETTER, plan_of(BETTER, minimum_samples=1000, guardrails=()), tests, chance)
     ratio = {f"{share:.0%}": ratios_blocked(share, tests, chance) for share in (0.5, 0.52, 0.54)}
+    same_share, hangs = given_up((0.1, 0.1), 0.0, tests, chance), given_up((0.0, 0.2), 0.1, tests, chance)
     bars = [
         *(
             at_most(f"tests without a difference ever significant, {name}, %", 100 * one.sequential / one.tests, 100 * ERRORS_MAX)
             for name, one in same.items()
         ),
         at_least(f"a difference of {EFFECT_SD} sd found by 3,000 a side, %", 100 * power.promoted / power.tests, 100 * POWER_MIN),
+        at_most("tests in which as many give up on both arms ever blocked for it, %", 100 * same_share.blocked / tests, BLOCKED_MAX),
+        at_most("tests promoted whose arm never answers 20 % of its jobs, %", 100 * hangs.promoted / tests, 0.0),
     ]
     shares = {name: _shares(one) for name, one in (same | {BETTER.name: power}).items()}
     return {"bench": "ab_simulation", "tests": tests, "looks": LOOKS, "scenarios": shares, "ratio_blocked": ratio, "bars": bars}

@@ -7,11 +7,12 @@ its account may go on under its names with another. Each release of a name is us
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from urllib.parse import urlsplit
 
+from protocol.cargo_promotions import Promotion
 from protocol.cargos import CargoManifest, SignedCargo, release_of, unexpired
 from protocol.errors import ArchipelagError, RemoteProtocolError
 
@@ -187,9 +188,23 @@ def check_transition(state: CargoState, wanted: CargoState) -> None:
 
 def newest_of(releases: Sequence[Release], now_ms: int) -> Release | None:
     """What a name stands for: its newest approved release that may run."""
-    good = [
-        one
-        for one in releases
-        if one.state is CargoState.APPROVED and not one.is_revoked and not 0 < one.expires_at_ms < now_ms
-    ]
+    good = [one for one in releases if runs_now(one.state, one.is_revoked, one.expires_at_ms, now_ms)]
     return max(good, key=lambda one: release_of(one.release), default=None)
+
+
+def runs_now(state: CargoState, is_revoked: bool, expires_at_ms: int, now_ms: int) -> bool:
+    """Whether jobs may be given to a Cargo at this time."""
+    return state is CargoState.APPROVED and not is_revoked and not 0 < expires_at_ms < now_ms
+
+
+def standing_of(runs: Iterable[tuple[str, str]], promotion: Promotion | None, promoted_runs: bool) -> tuple[str, ...]:
+    """Addresses to which jobs for a name may be given, the best first: what it is promoted to, then its own releases that are no
+    candidates, the newest first. ``runs``: address and release of those of its own that may run; ``promoted_runs``: whether the
+    promoted one may, whosoever name that has."""
+    own = [(release_of(release), address) for address, release in runs]
+    own.sort(key=lambda one: (tuple(-part for part in one[0]), one[1]))
+    if promotion is None:
+        return tuple(address for _, address in own)
+    top = release_of(promotion.release)
+    first = (promotion.cargo,) if promoted_runs else ()
+    return (*first, *(address for release, address in own if release <= top and address != promotion.cargo))

@@ -53,6 +53,7 @@ _SPEED_MIN = 1e-200  # tokens/s; so that no division overflows, whatever an ad c
 _PRICED_MAX = 10**15  # tokens or milliseconds; 999 times as many still fit into 64 bits
 _FIT_RISE = (100.0 - FIT_EMPTY_POINTS) / FIT_BEST_SHARE
 _FIT_FALL = (100.0 - FIT_FULL_POINTS) / (1.0 - FIT_BEST_SHARE)
+_SPARE_CODES = 64  # of content hashes that no row has any more
 _SHARE_UNKNOWN = (FIT_UNKNOWN_POINTS - FIT_EMPTY_POINTS) / _FIT_RISE
 
 assert FIT_EMPTY_POINTS <= FIT_UNKNOWN_POINTS <= 100.0
@@ -103,7 +104,7 @@ class Known:
 NOTHING_KNOWN = Known()
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("is_staying", "is_approved"), np.bool_),
-    **dict.fromkeys(("sequence", "boot", "context", "room", "slots_left", "slots_total"), np.int64),
+    **dict.fromkeys(("content", "sequence", "boot", "context", "room", "slots_left", "slots_total"), np.int64),
     **dict.fromkeys(("per_job", "per_1k", "per_1k_rest", "per_second", "per_second_rest"), np.int64),
     **dict.fromkeys(("measured", "claimed", "headroom", "weight_speed", "weight_fit", "weight_headroom"), np.float64),
     **dict.fromkeys(
@@ -113,12 +114,14 @@ _KINDS: dict[str, Any] = {
 
 
 class Columns:
-    """``is_staying``: does not drain. ``room``: tokens that seem to fit. ``headroom``: share that is idle, 0 to 1. ``per_1k`` and
+    """``is_staying``: does not drain. ``content``: a number for the content hash. ``room``: tokens that seem to fit. ``headroom``: share
+    that is idle, 0 to 1. ``per_1k`` and
     ``per_second``: of asks, in milli-credits rounded down, and what is left over in micro-credits. After ``derive``: ``speed`` in tokens
     per second, a typical one where it is unknown, and the points for karma and round trips."""
 
     is_staying: Bools
     is_approved: Bools
+    content: Ints
     sequence: Ints
     boot: Ints
     context: Ints
@@ -149,6 +152,7 @@ class Columns:
         self._candidates: list[Candidate] = []
         self._known: list[Known] = []
         self._asks: list[Ask] = []
+        self._codes: dict[str, int] = {}  # content hash -> its number
         self._full: dict[str, npt.NDArray[Any]] = {}
         self._capacity = 0
         self._is_stale = True
@@ -187,8 +191,14 @@ class Columns:
         return self._rows[island]
 
     def content_hashes(self) -> set[str]:
-        """Of all that is offered under the name."""
-        return {candidate.offer.content_hash for candidate in self._candidates}
+        """Of all that is offered under the name by Islands that neither drain nor lack approval."""
+        rows = np.bincount(self.content[self.is_staying & self.is_approved], minlength=len(self._codes)).tolist()
+        return {content_hash for content_hash, code in self._codes.items() if rows[code]}
+
+    def offers(self, island: str, content_hash: str) -> bool:
+        """Whether this Island is among those of ``content_hashes`` with this one."""
+        row = self._rows.get(island)
+        return row is not None and bool(self.is_staying[row] and self.is_approved[row] and self.has_content(content_hash)[row])
 
     @property
     def runtime(self) -> str:
@@ -222,6 +232,7 @@ class Columns:
         weights = WEIGHTS.get(offer.runtime, WEIGHTS_OTHER)
         self.weight_speed[row], self.weight_fit[row], self.weight_headroom[row] = weights
         self._candidates[row] = candidate
+        self._write_content(row, offer.content_hash)
         self._write_known(row, known)
         self._write_busy(row, candidate)
 
@@ -283,6 +294,13 @@ class Columns:
                 self._full[name] = grown
         for name, array in self._full.items():
             setattr(self, name, array[:count])
+
+    def _write_content(self, row: int, content_hash: str) -> None:
+        self.content[row] = self._codes.setdefault(content_hash, len(self._codes))
+        if len(self._codes) > 2 * len(self) + _SPARE_CODES:  # an Island may say another one in each of its ads
+            self._codes = {}
+            for each, candidate in enumerate(self._candidates):
+                self.content[each] = self._codes.setdefault(candidate.offer.content_hash, len(self._codes))
 
     def _write_known(self, row: int, known: Known) -> None:
         if known.region != self._known[row].region:
@@ -408,8 +426,8 @@ class Columns:
 
     def has_content(self, content_hash: str) -> Bools:
         """Rows whose model file is this one."""
-        same = (candidate.offer.content_hash == content_hash for candidate in self._candidates)
-        return np.fromiter(same, np.bool_, len(self))
+        same: Bools = self.content == self._codes.get(content_hash, -1)
+        return same
 
     def largest_context(self, content_hash: str) -> int:
         offers = (candidate.offer for candidate in self._candidates)

@@ -23,7 +23,7 @@ from typing import Protocol
 import trio
 
 from coordinator.books import job_queries
-from coordinator.books.ab_units import CACHE_SOURCE, unit_of
+from coordinator.books.ab_units import CACHE_SOURCE, GIVEN_UP, unit_of
 from coordinator.books.books import Books
 from coordinator.books.errors import BooksRefused, BooksUnavailable, Why
 from coordinator.books.jobs import Earned, Job, JobState, OpenJob, Outcome, Placed, RecordJob, SettleJob, StartJob
@@ -100,6 +100,7 @@ class Desk:
         self.live: dict[str, LiveJob] = {}
         self.openings = Openings(books)
         self.answers: Answers | None = None
+        self.is_leaving = False  # we go down: what is cancelled from now on was not given up by its Consumer
         self._unsettled: deque[SettleJob] = deque()
         self.replayed = 0
         self.taken_over = 0
@@ -112,7 +113,7 @@ class Desk:
         """A request from its bid to its last word. Raises Refused, BooksRefused or BooksUnavailable."""
         opened = await self.open(order)
         if opened.earlier is not None:
-            for event in (Replayed(opened.job.id), *opened.earlier):
+            for event in retold(opened):
                 await emit(event)
             return
         await self.perform(opened, order, emit)
@@ -438,7 +439,8 @@ class Desk:
                     else:
                         earned += owed_for_delivered(metered, ask, limit, now_s)
             tokens = sum(metered.tokens for metered in meter.choices.values())
-            outcome = Outcome(JobState.CANCELLED, completion_tokens=tokens, error_code="cancelled", placed=_placed(meter))
+            code = "coordinator_lost" if self.is_leaving and not live.scope.cancel_called else GIVEN_UP
+            outcome = Outcome(JobState.CANCELLED, completion_tokens=tokens, error_code=code, placed=_placed(meter))
             try:
                 await self._settle(live, outcome, tuple(earned), _failed(meter))
             except (Refused, BooksRefused, BooksUnavailable) as error:
@@ -527,6 +529,12 @@ class Desk:
     def unseal(self, value: bytes, job_id: str) -> bytes:
         """Raises SealBroken."""
         return self._sealer.open(value, job_id)
+
+
+def retold(opened: Opened) -> Sequence[Event]:
+    """What the first try of a request came to, and whose it was."""
+    job = opened.job
+    return Replayed(job.id, job.ab_test, job.ab_arm), *(opened.earlier or ())
 
 
 def _unpaid(settling: SettleJob) -> SettleJob:

@@ -536,7 +536,7 @@ def _record(
         id=ticket_hash(envelope).hex(),
         job_id=wanted.job_id,
         account=account,
-        cargo=wanted.cargo,
+        cargo=ticket.cargo,  # the one that runs, where the name of the job stands for another
         island=candidate.island,
         ask_per_job=ask.per_job,
         ask_per_1k_output=ask.per_1k_output,

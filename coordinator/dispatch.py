@@ -218,7 +218,7 @@ class Dispatcher:
                 self._affinity.served(chain, placement.island)
                 self._count(result)
                 standing, now_s = self._placer.standing, trio.current_time()
-                standing.served(placement.island, spec.cargo, progress.metered.tokens, result.decode_us, now_s)
+                standing.served(placement.island, placement.candidate.offer.name, progress.metered.tokens, result.decode_us, now_s)
                 await emit(result)
                 return
             finally:

@@ -162,9 +162,10 @@ class JobBoard:
         if self._router is not None:
             order = await self._router.assign(order)
         if self._cache is not None and (events := await self._cache.look(order)) is not None:
-            if self._router is not None:
+            job = await self._desk.record(order, events)
+            if self._router is not None and job.id == order.spec.job_id:  # or another one of the same key was quicker
                 self._router.note_cached(order)
-            return await self._desk.record(order, events)
+            return job
         opened = await self._desk.open(order, waits=False)
         if opened.earlier is None:
             self._start(opened, order)

@@ -114,9 +114,12 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """What follows is the kept answer of an earlier job."""
+    """What follows is the kept answer of an earlier job. ``test``, ``variant``: of the A/B test that this job counted for; empty where it
+    counted for none."""
 
     job_id: str
+    test: str = ""
+    variant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

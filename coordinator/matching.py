@@ -48,6 +48,7 @@ __all__ = [
     "choose",
     "declared_tokens",
     "explanation",
+    "why_not",
 ]
 
 CHARS_PER_TOKEN = 3  # English has about four; three errs on the long side
@@ -195,12 +196,10 @@ class Refusal:
 def choose(facts: Columns, wish: Wish, now_s: float, rng: random.Random) -> Choice | Refusal:
     """The best Island for a job at time ``now_s``, or why there is none."""
     if not len(facts):
-        return Refusal(Code.UNKNOWN_CARGO, f"no Island offers the model {wish.cargo!r}")
+        return _unknown(wish)
     sieve = _Sieve(len(facts))
     prices = facts.prices(wish.prompt_tokens, wish.output_tokens, wish.job_s_max)
-    refusal = (
-        _sift_able(sieve, facts, wish) or _sift_affordable(sieve, facts, prices, wish) or _sift_free(sieve, facts, wish, now_s)
-    )
+    refusal = _sift(sieve, facts, prices, wish, now_s)
     if refusal is not None:
         return refusal
     if not sieve.prefer("room", facts.room >= wish.tokens):
@@ -208,6 +207,18 @@ def choose(facts: Columns, wish: Wish, now_s: float, rng: random.Random) -> Choi
     if wish.engine and sieve.prefer("engine", facts.has_engine(wish.engine)):
         sieve.notes.append("same engine")
     return _best(sieve, facts, wish, prices, rng)
+
+
+def why_not(facts: Columns, wish: Wish, now_s: float) -> Refusal | None:
+    """Why ``choose`` would find no Island; None where it would find one."""
+    if not len(facts):
+        return _unknown(wish)
+    prices = facts.prices(wish.prompt_tokens, wish.output_tokens, wish.job_s_max)
+    return _sift(_Sieve(len(facts)), facts, prices, wish, now_s)
+
+
+def _unknown(wish: Wish) -> Refusal:
+    return Refusal(Code.UNKNOWN_CARGO, f"no Island offers the model {wish.cargo!r}")
 
 
 class _Sieve:
@@ -243,6 +254,10 @@ class _Sieve:
             self.filtered[reason] = self.left - left
         self.mask, self.left = mask, left
         return left
+
+
+def _sift(sieve: _Sieve, facts: Columns, prices: Ints, wish: Wish, now_s: float) -> Refusal | None:
+    return _sift_able(sieve, facts, wish) or _sift_affordable(sieve, facts, prices, wish) or _sift_free(sieve, facts, wish, now_s)
 
 
 def _sift_able(sieve: _Sieve, facts: Columns, wish: Wish) -> Refusal | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import trio
 
+from coordinator.abtests.deciding import AbDecisions
 from coordinator.abtests.plan import Arm
 from coordinator.abtests.router import AbRouter
 from coordinator.abtests.service import AbTests
@@ -64,6 +65,7 @@ from protocol.identity import Signer
 from protocol.shards import ShardManifest
 
 _ACCOUNTS_REMEMBERED = 1024
+USUAL_JOB = (1_000, 500, 10.0)  # tokens in and out, and seconds: by which versions on trial are compared
 _BUILT_IN = "echo"  # its name is nobody's to publish under
 
 
@@ -132,7 +134,10 @@ class Parts:
             outside.delegation,
             outside.network,
         )
-        self.placer.releases = lambda cargo: (reserved[cargo],) if cargo in reserved else self.registry.releases(cargo)
+        offered, registry = self.placer.offered, self.registry
+        offered.releases = lambda cargo: (reserved[cargo],) if cargo in reserved else registry.releases(cargo)
+        offered.alias = lambda cargo: cargo if cargo in reserved else registry.name_behind(cargo)
+        offered.aliases = registry.aliases
 
     def _keep_books(self, config: CoordinatorConfig, outside: Outside) -> None:
         """Who pays whom, for jobs that go through here and for those that do not."""
@@ -171,14 +176,16 @@ class Parts:
         has_cache = config.cache.enabled
         self.ab_tests = AbTests(
             self.books,
-            self.registry,
+            self.registry.may_run,
             self.placer.content_hashes,
             salt_secret,
             time.monotonic,
-            self.books.now_ms,
-            lambda: secrets.token_hex(8),
             functools.partial(_fits, self.placer, config.job_timeout_s),
+            lambda arm: self.placer.price_range(arm.cargo, *USUAL_JOB, arm.address).cheapest,
             self.market.saved_bid,
+        )
+        self.ab_decisions = AbDecisions(
+            self.books, self.registry, self.ab_tests, time.monotonic, self.books.now_ms, lambda: secrets.token_hex(8)
         )
         self.worker = AbRouter(self.ab_tests, self.cache if has_cache else self.desk)
         restore = _restorer(salt_secret, config, self.placer, self.ab_tests)
@@ -220,7 +227,7 @@ class Parts:
             config.cache,
             self.desk,
             self.books,
-            Cargos(self.registry.manifest, self.placer.releases, self.placer.content_hashes),
+            Cargos(self.registry.manifest, self.placer.offered.releases, self.placer.content_hashes),
             embedding,
             functools.partial(cache_salt, salt_secret),
             time.monotonic,
@@ -267,6 +274,7 @@ class Parts:
         await nursery.start(self.runs.run)
         await nursery.start(self.market.run)
         await nursery.start(self.upkeep.run)
+        nursery.start_soon(self.ab_decisions.run)
         nursery.start_soon(self.direct_keys.run)
         nursery.start_soon(self.direct.run)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import bisect
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -27,6 +27,7 @@ import trio
 from coordinator.columns import Candidate, Columns, Known, kv_used, memory_used
 from coordinator.crowds import Crowds
 from coordinator.matching import Choice, Refusal, Wish, choose
+from coordinator.offered import Offered
 from coordinator.pipelines import Pipelines
 from coordinator.regions import Residency
 from coordinator.standing import Standing
@@ -160,8 +161,7 @@ class Placer:
         self._crowds = Crowds()
         self._last_offered_s: dict[str, float] = {}
         self._trips_read_s = float("-inf")
-        # of a Cargo that is listed, the addresses that may run, the newest first; None for one that nobody has listed
-        self.releases: Callable[[str], Sequence[str] | None] = lambda cargo: None
+        self.offered = Offered(self._columns)
         self.open_jobs = 0
 
     def __repr__(self) -> str:
@@ -196,11 +196,16 @@ class Placer:
                 found[name] = int(boots.min()) // 1000
         for name in self._pipelines.names() if self._pipelines is not None else ():
             found.setdefault(name, 0)
+        for name in self.offered.aliases():
+            other = self.offered.name(name)
+            if other in found:
+                found.setdefault(name, found[other])
         return found
 
     def writes_text(self, cargo: str) -> bool | None:
         """Whether a Cargo writes texts, and takes no JSON object; None where nobody offers it."""
         self._refresh()
+        cargo = self.offered.name(cargo)
         facts = self._facts.get(cargo)
         runtime = facts.runtime if facts is not None else ""
         if runtime:
@@ -210,7 +215,7 @@ class Placer:
     def asks(self, cargo: str) -> list[tuple[str, Ask, float, int, int]]:
         """The order book of a Cargo: Island, ask, tokens/s that its ad says (0.0 unknown), free slots, all slots. Islands that drain or
         are not approved are left out; a pipeline stands under the name of its last stage."""
-        return self._columns(cargo).order_book()
+        return self._columns(self.offered.name(cargo)).order_book()
 
     def region_of(self, island: str) -> str:
         """As its ad says; empty where it says none or is not in the book."""
@@ -218,45 +223,37 @@ class Placer:
         return entry.ad.region if entry is not None else ""
 
     def content_hashes(self, cargo: str) -> set[str]:
-        """Of all that is offered under a name now."""
-        return self._columns(cargo).content_hashes()
+        """Of all that is offered under a name now, or under the one that it stands for, by Islands that stay and are approved."""
+        return self.offered.content_hashes(cargo)
 
     def price_range(
         self, cargo: str, prompt_tokens: int, output_tokens: int, job_s_max: float, content_hash: str = ""
     ) -> PriceRange:
-        """What Islands ask for such a job now; for this version, or for the one that the name stands for. The cheapest is one with a free
-        slot, where there is one: a bid that reaches only an Island that is full would wait beside idle ones."""
-        facts = self._columns(cargo)
-        if not len(facts):
+        """What Islands ask for such a job now; for this version, or for the one that it would get. The cheapest is one with a free slot,
+        where there is one: a bid that reaches only an Island that is full would wait beside idle ones."""
+        wish = self.offered.pinned(Wish(cargo, 0, content_hash=content_hash), self._clock())
+        if isinstance(wish, Refusal):
             return PriceRange()
-        chosen, version = facts.is_staying & facts.is_approved, self._version(cargo, content_hash)
-        if version is None:
-            return PriceRange()
-        if version:
-            chosen = chosen & facts.has_content(version)
-        prices = facts.prices(prompt_tokens, output_tokens, job_s_max)
+        facts = self._columns(wish.cargo)
+        chosen = facts.is_staying & facts.is_approved
+        if wish.content_hash:
+            chosen = chosen & facts.has_content(wish.content_hash)
         if not chosen.any():
             return PriceRange()
+        prices = facts.prices(prompt_tokens, output_tokens, job_s_max)
         free = chosen & (facts.slots_left > 0)
         cheapest = int(prices[free if free.any() else chosen].min())
         ordered = np.sort(prices[chosen])
-        return PriceRange(cheapest, int(ordered[(len(ordered) - 1) // 2]), int(facts.slots_total[chosen].sum()))
+        slots = int(facts.slots_total[chosen].sum()) if content_hash else self.slots(cargo)
+        return PriceRange(cheapest, int(ordered[(len(ordered) - 1) // 2]), slots)
 
     def slots(self, cargo: str, policy: Residency | None = None) -> int:
         """Jobs of a Cargo that run at once, at most, on the Islands that offer it now, free or busy; 0 where there are none."""
-        facts, version = self._columns(cargo), self._version(cargo)
-        return facts.slots(version, policy) if version is not None and len(facts) else 0
-
-    def _version(self, cargo: str, content_hash: str = "") -> str | None:
-        """The content hash that runs under a name now; empty: any; None: none may."""
-        try:
-            return self._pinned(Wish(cargo, 0, content_hash=content_hash)).content_hash
-        except NotPlaced:
-            return None
+        return self.offered.slots(cargo, policy)
 
     def largest_context(self, cargo: str, content_hash: str) -> int:
         """Tokens that the roomiest Island with this version takes when it is idle."""
-        return self._columns(cargo).largest_context(content_hash)
+        return self._columns(self.offered.name(cargo, content_hash)).largest_context(content_hash)
 
     def addresses_of(self, island: str) -> tuple[str, ...]:
         """Where it is reached, as its ad says; none where it is not in the book."""
@@ -265,34 +262,38 @@ class Placer:
 
     def remember_offered(self, cargos: Iterable[str]) -> None:
         """Cargos that were served a while ago, before this Coordinator started: their Islands may be on their way here."""
-        self._last_offered_s.update(dict.fromkeys(cargos, self._clock()))
+        names = (name for cargo in cargos for name in self.offered.names(cargo))
+        self._last_offered_s.update(dict.fromkeys(names, self._clock()))
 
     def queued(self, cargo: str) -> int:
-        """Jobs that wait for an Island with this Cargo."""
-        queue = self._queues.get(cargo)
-        return len(queue.waiters) if queue is not None else 0
+        """Jobs that wait for an Island with this Cargo, or with the one that its name stands for."""
+        return sum(len(self._queues[name].waiters) for name in self.offered.names(cargo) if name in self._queues)
 
     def waiting_bids(self, cargo: str) -> list[int]:
         """What those who wait would pay at most, micro-credits; first in turn first, without those who would pay anything."""
-        queue = self._queues.get(cargo)
-        limits_micros = (waiter.wish.price_max_micros for waiter in queue.waiters) if queue is not None else ()
+        limits_micros = (waiter.wish.price_max_micros for waiter in self._waiters(cargo))
         return [micros for micros in limits_micros if micros is not None]
 
     def why_waiting(self, jobs: Mapping[str, str]) -> dict[str, str]:
         """Of these jobs (id -> Cargo) those that wait here: id -> for what, in words for their Consumers."""
         found: dict[str, str] = {}
-        for cargo in set(jobs.values()) & self._queues.keys():
-            for waiter in self._queues[cargo].waiters:
+        for cargo in set(jobs.values()):
+            for waiter in self._waiters(cargo):
                 if waiter.wish.job_id in jobs:
                     found[waiter.wish.job_id] = waiter.refusal.message if waiter.refusal is not None else _ITS_TURN
         return found
 
+    def _waiters(self, cargo: str) -> list[_Waiter]:
+        """Of each queue those first in turn come first."""
+        queues = (self._queues[name] for name in self.offered.names(cargo) if name in self._queues)
+        return [waiter for queue in queues for waiter in queue.waiters]
+
     def preview(self, wish: Wish, price_max_micros: int | None) -> Choice | Refusal:
         """What ``place`` would decide at this price if nobody waited; nothing is taken. For quotes."""
-        try:
-            wish = self._pinned(replace(wish, price_max_micros=price_max_micros))
-        except NotPlaced as refused:
-            return refused.refusal
+        pinned = self.offered.pinned(replace(wish, price_max_micros=price_max_micros), self._clock())
+        if isinstance(pinned, Refusal):
+            return pinned
+        wish = pinned
         return self._soften(choose(self._columns(wish.cargo), wish, self._clock(), self._rng), wish.cargo)
 
     async def place(self, wish: Wish, capacity_wait_s: float, island_wait_s: float) -> Placement:
@@ -303,7 +304,10 @@ class Placer:
 
         Raises NotPlaced, a Refused, with UNKNOWN_CARGO, NO_CAPACITY or NO_ISLAND.
         """
-        wish = self._pinned(wish)
+        pinned = self.offered.pinned(wish, self._clock())
+        if isinstance(pinned, Refusal):
+            raise NotPlaced(pinned)
+        wish = pinned
         waiter = _Waiter(wish, self._clock() * PRIORITY_PER_WAITED_S - wish.priority)
         queue = self._queues.get(wish.cargo)
         if queue is None or not queue.waiters:
@@ -316,18 +320,6 @@ class Placer:
         if self.waiting >= limits.WAITING_JOBS_MAX:
             raise NotPlaced(Refusal(Code.NO_CAPACITY, f"{self.waiting} jobs are waiting for an Island already"))
         return await self._wait(waiter, capacity_wait_s, island_wait_s)
-
-    def _pinned(self, wish: Wish) -> Wish:
-        """Of a Cargo that is listed, only its own releases count, whatever else is offered under its name: the newest that somebody offers.
-        Raises NotPlaced where none may run."""
-        releases = self.releases(wish.cargo) if not wish.content_hash else None
-        if releases is None:
-            return wish
-        if not releases:
-            text = f"no release of the Cargo {wish.cargo} may run any more: it was revoked or suspended, or its time is over"
-            raise NotPlaced(Refusal(Code.UNKNOWN_CARGO, text))
-        offered = self._columns(wish.cargo).content_hashes()
-        return replace(wish, content_hash=next((address for address in releases if address in offered), releases[0]))
 
     def release(self, placement: Placement) -> None:
         """The job there has ended; gives its place to whoever waits for it."""

@@ -25,7 +25,7 @@ from coordinator.books import cargos as rows
 from coordinator.books.books import Books
 from coordinator.books.cargos import CargoRow
 from coordinator.books.errors import BooksUnavailable
-from coordinator.cargo_rules import CargoState, Fault, RegistryRefused, newest_of
+from coordinator.cargo_rules import CargoState, Fault, RegistryRefused, newest_of, runs_now, standing_of
 from protocol import limits
 from protocol.cargo_news import revocation_key
 from protocol.cargo_promotions import PROMOTION_VERSION, Promotion, SignedPromotion, next_serial, peek_promotion
@@ -44,6 +44,7 @@ from protocol.errors import RemoteProtocolError, SignatureError
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0
+_FOR_EVER_MS = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,10 @@ class Entry:
         """Whether Islands may have it."""
         return self.state is CargoState.APPROVED and not self.revoked_at_ms
 
+    def may_run(self, now_ms: int) -> bool:
+        """Whether jobs may be given to it at this time."""
+        return runs_now(self.state, self.revoked_at_ms > 0, self.cargo.manifest.expires_at_ms, now_ms)
+
 
 @dataclass(frozen=True, slots=True)
 class KnownRevocation:
@@ -83,6 +88,15 @@ class KnownPromotion:
 
     signed: SignedPromotion
     delegation: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """What a name stands for from one time to another, both included, in Unix milliseconds: as long as nothing changes or expires."""
+
+    releases: tuple[str, ...]
+    from_ms: int
+    until_ms: int
 
 
 class Registry:
@@ -107,6 +121,7 @@ class Registry:
         self._by_name: dict[str, set[str]] = {}
         self._revocations: dict[bytes, KnownRevocation] = {}
         self._promotions: dict[str, KnownPromotion] = {}
+        self._standing: dict[str, _Standing] = {}  # by name, worked out once after each change
         self._due: set[str] = set()  # addresses that were approved and are to move their names
         self._seq = 0
         self._changed = trio.Event()
@@ -145,18 +160,35 @@ class Registry:
     def releases(self, name: str) -> tuple[str, ...] | None:
         """Addresses to which jobs for a name may be given now, the best first: what it is promoted to, then its own releases that are no
         candidates, the newest first. None for a name that nobody has listed."""
-        held = self._by_name.get(name)
+        held, now_ms = self._by_name.get(name), self._now_ms()
         if held is None:
             return None
-        own = sorted(filter(self._may_run, map(self._entries.__getitem__, held)), key=_order)
+        known = self._standing.get(name)
+        if known is None or not known.from_ms <= now_ms <= known.until_ms:
+            known = self._standing[name] = self._stand(name, held, now_ms)
+        return known.releases
+
+    def _stand(self, name: str, held: Iterable[str], now_ms: int) -> _Standing:
+        own = [self._entries[address] for address in held]
+        known = self._promotions.get(name)
+        promotion = known.signed.promotion if known is not None else None
+        promoted = self._entries.get(promotion.cargo) if promotion is not None else None
+        runs = [(entry.cargo.address, entry.cargo.manifest.release) for entry in own if entry.may_run(now_ms)]
+        found = standing_of(runs, promotion, promoted is not None and promoted.may_run(now_ms))
+        ends_ms = (entry.cargo.manifest.expires_at_ms for entry in (*own, *([promoted] if promoted is not None else [])))
+        return _Standing(found, now_ms, min((end_ms for end_ms in ends_ms if end_ms >= now_ms), default=_FOR_EVER_MS))
+
+    def name_behind(self, name: str) -> str:
+        """The name of the Cargo that a name stands for: its own, unless it is promoted to a Cargo of another name that may run."""
         known = self._promotions.get(name)
         if known is None:
-            return tuple(entry.cargo.address for entry in own)
-        promotion = known.signed.promotion
-        top = release_of(promotion.release)
-        first = (promotion.cargo,) if self.may_run(promotion.cargo) else ()
-        below = [entry.cargo.address for entry in own if release_of(entry.cargo.manifest.release) <= top]
-        return (*first, *(address for address in below if address != promotion.cargo))
+            return name
+        entry = self._entries.get(known.signed.promotion.cargo)
+        return entry.cargo.manifest.name if entry is not None and self._may_run(entry) else name
+
+    def aliases(self) -> list[str]:
+        """Names that stand for a Cargo of another one."""
+        return [name for name in self._promotions if self.name_behind(name) != name]
 
     def may_run(self, address: str) -> bool:
         """Whether jobs may be given to the Cargo of this address now."""
@@ -164,8 +196,7 @@ class Registry:
         return entry is not None and self._may_run(entry)
 
     def _may_run(self, entry: Entry) -> bool:
-        expires_at_ms = entry.cargo.manifest.expires_at_ms
-        return entry.is_listed and not 0 < expires_at_ms < self._now_ms()
+        return entry.may_run(self._now_ms())
 
     def entries(self) -> tuple[Entry, ...]:
         """All, by name and release, the newest release first."""
@@ -258,6 +289,16 @@ class Registry:
         _check_promotable(row, cargo.manifest, name, account, self._now_ms())
         return self._issue(connection, name, address, self._stand_in(connection, cargo, name), origin)
 
+    def current_within(self, connection: sql.Connection, name: str) -> str:
+        """The address that a name stands for in a transaction, as ``current`` once it is read; empty where none may run. For any thread."""
+        now_ms = self._now_ms()
+        own = rows.releases_of(connection, name)
+        runs = [(one.address, one.release) for one in own if runs_now(one.state, one.is_revoked, one.expires_at_ms, now_ms)]
+        signed = rows.promotion_of(connection, name)
+        row = rows.cargo_row(connection, signed.promotion.cargo) if signed is not None else None
+        promoted_runs = row is not None and _entry(row).may_run(now_ms)
+        return next(iter(standing_of(runs, signed.promotion if signed is not None else None, promoted_runs)), "")
+
     def _stand_in(self, connection: sql.Connection, promoted: SignedCargo, name: str = "") -> str:
         """The newest of a name's own releases to which jobs may go where what it is promoted to cannot have them: what it has stood for
         until now, as far as that is older. What was rolled back, or never was more than a candidate, is above it."""
@@ -343,6 +384,7 @@ class Registry:
             self._revocations[revocation_key(revoked.signed)] = revoked
         for promoted in news.promotions:
             self._promotions[promoted.signed.promotion.name] = promoted
+        self._standing.clear()
         self._changed.set()
         self._changed = trio.Event()
 

@@ -51,7 +51,7 @@ class CoordinatorServer:
         self._http, self._api, self._parts, self._services = http, api, parts, services
         self._dispatcher, self._placer, self.pipelines = parts.dispatcher, parts.placer, parts.pipelines
         self.desk, self.books, self.direct, self.registry = parts.desk, parts.books, parts.direct, parts.registry
-        self.cache, self.ab_tests = parts.cache, parts.ab_tests
+        self.cache, self.ab_tests, self.ab_decisions = parts.cache, parts.ab_tests, parts.ab_decisions
 
     def __repr__(self) -> str:
         return f"<CoordinatorServer {self.url}: {self._dispatcher.running} running, {self._placer.waiting} waiting>"
@@ -140,6 +140,7 @@ async def open_coordinator(
                             nursery.start_soon(_watch_book, port, parts.placer)
                             yield CoordinatorServer(http, api, parts, services)
                     finally:
+                        parts.desk.is_leaving = True
                         http.stop()
                         nursery.cancel_scope.cancel()
             finally:
@@ -200,6 +201,7 @@ def _gauges(parts: Parts) -> dict[str, float]:
         "jobs_adopted": parts.upkeep.adopted,
         **parts.cache.gauges(),
         **parts.ab_tests.gauges(),
+        "ab_looks": parts.ab_decisions.looks,
     }
 
 
@@ -232,7 +234,7 @@ def _more_routes(config: CoordinatorConfig, services: Services, parts: Parts, ad
         CargoRoutes(admit, bridge, parts.registry),
         WorkflowRoutes(admit, bridge, parts.flows, secret, keep_alive_s, draining),
         CacheRoutes(admit, bridge, parts.cache),
-        AbRoutes(admit, bridge, parts.ab_tests),
+        AbRoutes(admit, bridge, parts.ab_decisions),
         FileRoutes(admit, bridge, parts.files, draining),
         OpenaiBatchRoutes(
             admit, bridge, parts.books, parts.runs, parts.file_batches, secret, config.files.retention_s, draining

@@ -18,6 +18,7 @@ import sqlalchemy as sql
 import trio
 
 from coordinator.books import direct_queries, job_queries, market_queries, presence
+from coordinator.books.ab_units import unit_of
 from coordinator.books.books import Books
 from coordinator.books.database import database_now_ms
 from coordinator.books.direct import EndDirectJob, SettleTicket
@@ -233,7 +234,7 @@ class Upkeep:
     async def _end(self, job: Job, outcome: Outcome) -> None:
         """A job that nobody runs; its hold is released."""
         try:
-            await self._books.do(SettleJob(job.id, job.account, job.cargo, job.owner, job.owner_boot, outcome))
+            await self._books.do(SettleJob(job.id, job.account, job.cargo, job.owner, job.owner_boot, outcome, unit=unit_of(job)))
         except BooksRefused as refused:
             log.debug("job %s has been settled meanwhile: %s", job.id, refused)
 

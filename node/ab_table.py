@@ -33,6 +33,7 @@ class _Shown:
 
 _METRICS: Mapping[str, _Shown] = {
     Metric.SUCCESS: _Shown("success", "success_rate", "%", 1),
+    Metric.ABANDONED: _Shown("abandoned", "abandoned_percent", "%", 1),
     Metric.LATENCY: _Shown("latency", "avg_latency_ms", "ms", 1),
     Metric.TIME_TO_FIRST_TOKEN: _Shown("TTFT", "avg_time_to_first_token_ms", "ms", 1),
     Metric.TOKENS_PER_SECOND: _Shown("speed", "avg_tokens_per_second", "tokens/s", 2),

@@ -2,7 +2,8 @@
 
 The same function answers for the results that people look at, for the promotion by itself and for one by hand, so they cannot disagree.
 It may be called as often as one likes: what it concludes holds for all looks together (statistics.py). How alpha is spent: the primary
-metric of each of k arms on trial gets alpha/k, each of its g guardrails alpha/(kg).
+metric of each of k arms on trial gets alpha/k, each of its g guardrails alpha/(kg). Beside that stands one question that is always asked:
+whether Consumers give up on an arm more often than on the control.
 """
 
 from __future__ import annotations
@@ -31,12 +32,15 @@ UNITS_MIN = 100  # effective units of an arm before anything is concluded: means
 HARM_UNITS_MIN = 50  # the same before a test is stopped for harm: waiting costs users more than stopping a good test costs its publisher
 RATIO_P_MIN = 0.001  # below it units went astray
 PLANNED_MULTIPLE = 2.0  # of the units at which minimum_samples are reached: the sequence is tightest at twice as many
-_BINARY = (Metric.SUCCESS, Metric.THUMBS)
+ABANDONED_P_MIN = 0.001  # two-sided, shared by the arms on trial; below it an arm on trial is given up on more often than the control
+ABANDONED_HARM_POINTS_MIN = 5.0  # of percent; so much more is harm, whatever guardrails the plan has
+_BINARY = (Metric.SUCCESS, Metric.ABANDONED, Metric.THUMBS)
 
 
 class Verdict(StrEnum):
     """``collecting``: go on; ``promote``: the winner may take the base's place; ``keep_base``: every arm on trial is worse; ``blocked``:
-    what was counted cannot be trusted, or the test is held; ``harmful``: an arm breaks a guardrail, so the test has to stop now."""
+    what was counted cannot be trusted, or the test is held; ``harmful``: an arm breaks a guardrail, or is given up on far more often than
+    the control, so the test has to stop now."""
 
     COLLECTING = "collecting"
     PROMOTE = "promote"
@@ -57,6 +61,7 @@ class GuardrailState(StrEnum):
 WORDS: Mapping[str, str] = {
     "sample_ratio": "units did not go to the variants in the shares of the plan, so these cannot be compared",
     "guardrail_violated": "a variant is worse by more than a guardrail allows",
+    "abandoned": "Consumers give up on a variant more often than on the control, so the times of the jobs that ended cannot be compared",
     "held": "the test is held",
     "minimum_hours": "the minimum time has not passed",
     "minimum_samples": "a variant has fewer units than the minimum",
@@ -96,14 +101,28 @@ class GuardrailReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Abandonment:
+    """How much more often Consumers give up on an arm than on the control, in ``points`` of percent, and the p-value of that, for one look.
+    ``enough_units``: to conclude anything from the arm's other metrics; ``is_more``: surely; ``is_harmful``: and by much."""
+
+    points: float
+    p_value: float
+    enough_units: bool
+    is_more: bool
+    is_harmful: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ArmReport:
-    """``estimates``: of the metrics of which anything is known. The control has neither ``comparison`` nor ``guardrails``."""
+    """``estimates``: of the metrics of which anything is known. The control has neither ``comparison`` nor ``guardrails`` nor
+    ``abandonment``, which is None as well where it is not known."""
 
     name: str
     counts: ArmCounts
     estimates: Mapping[Metric, Estimate]
     comparison: Comparison | None
     guardrails: tuple[GuardrailReport, ...]
+    abandonment: Abandonment | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +158,7 @@ def judge(plan: Plan, counts: Mapping[str, ArmCounts], running_hours: float, hel
     on_trial = [arm for arm in arms if arm.name != plan.control]
     blocked = _blocked(on_trial, sound, held_because)
     minimums = _minimums(plan, arms, running_hours)
-    candidates = [arm for arm in on_trial if arm.comparison and arm.comparison.better]
+    candidates = [arm for arm in on_trial if arm.comparison and arm.comparison.better and _is_seen_whole(arm)]
     passed = [arm for arm in candidates if all(one.state is GuardrailState.HOLDS for one in arm.guardrails)]
     waiting = minimums + _open(on_trial, candidates, passed)
     winner = _best(plan.primary_metric, passed) if passed and not blocked and not minimums else None
@@ -171,7 +190,8 @@ def _arm_report(
         return ArmReport(arm.name, counts, own, None, ())
     alpha, planned = plan.alpha / (len(plan.arms) - 1), planned_units(plan, arm)
     guardrails = tuple(_guardrail(one, base, own, alpha / len(plan.guardrails), planned) for one in plan.guardrails)
-    return ArmReport(arm.name, counts, own, _comparison(plan, base, own, alpha, planned), guardrails)
+    abandonment = _abandonment(base, own, len(plan.arms) - 1)
+    return ArmReport(arm.name, counts, own, _comparison(plan, base, own, alpha, planned), guardrails, abandonment)
 
 
 def _comparison(
@@ -208,6 +228,23 @@ def _guardrail(
     return GuardrailReport(rule.metric, state, margin, *_regression(lift(*pair, alpha, planned), sign))
 
 
+def _abandonment(base: Mapping[Metric, Estimate], own: Mapping[Metric, Estimate], arms_on_trial: int) -> Abandonment | None:
+    """Whoever gives up on a slow job takes just a slow one out of the mean, so an arm that loses more of them looks quicker than it is.
+    A fixed test at each look: it stops a promotion too often rather than too late, see specs/ab-tests.md for how often."""
+    pair = _pair(Metric.ABANDONED, base, own)
+    fixed = compare_fixed(*pair, ABANDONED_P_MIN, proportions=True) if pair is not None else None
+    if pair is None or fixed is None:
+        return None
+    points = 100 * (pair[1].mean - pair[0].mean)
+    is_more = points > 0 and fixed.p_value < ABANDONED_P_MIN / arms_on_trial and _have(pair, HARM_UNITS_MIN)
+    return Abandonment(points, fixed.p_value, _have(pair, UNITS_MIN), is_more, is_more and points > ABANDONED_HARM_POINTS_MIN)
+
+
+def _is_seen_whole(arm: ArmReport) -> bool:
+    """Whether enough units say how often the arm is given up on: where few bring most of the jobs that were, the others are not heard."""
+    return arm.abandonment is None or arm.abandonment.enough_units
+
+
 def _regression(found: Lift | None, sign: float) -> tuple[float | None, float | None, float | None]:
     if found is None:
         return None, None, None
@@ -235,7 +272,13 @@ def _have(pair: tuple[Estimate, Estimate], units: int) -> bool:
 
 def _blocked(on_trial: list[ArmReport], ratio_sound: bool, held_because: str) -> tuple[str, ...]:
     violated = any(one.state is GuardrailState.VIOLATED for arm in on_trial for one in arm.guardrails)
-    found = {"sample_ratio": not ratio_sound, "guardrail_violated": violated, "held": bool(held_because)}
+    abandoned = any(arm.abandonment is not None and arm.abandonment.is_more for arm in on_trial)
+    found = {
+        "sample_ratio": not ratio_sound,
+        "guardrail_violated": violated,
+        "abandoned": abandoned,
+        "held": bool(held_because),
+    }
     return tuple(code for code, is_so in found.items() if is_so)
 
 
@@ -248,7 +291,7 @@ def _minimums(plan: Plan, arms: tuple[ArmReport, ...], running_hours: float) -> 
 
 def _open(on_trial: list[ArmReport], candidates: list[ArmReport], passed: list[ArmReport]) -> tuple[str, ...]:
     found = {
-        "too_few_units": any(arm.comparison is not None and not arm.comparison.enough_units for arm in on_trial),
+        "too_few_units": any(not (arm.comparison is None or arm.comparison.enough_units) or not _is_seen_whole(arm) for arm in on_trial),
         "not_conclusive": not candidates,
         "guardrail_open": bool(candidates) and not passed,
     }
@@ -261,7 +304,7 @@ def _best(metric: Metric, passed: list[ArmReport]) -> str:
 
 
 def _verdict(on_trial: list[ArmReport], blocked: tuple[str, ...], minimums: tuple[str, ...], winner: str | None) -> Verdict:
-    if "guardrail_violated" in blocked:
+    if "guardrail_violated" in blocked or any(arm.abandonment is not None and arm.abandonment.is_harmful for arm in on_trial):
         return Verdict.HARMFUL
     if blocked:
         return Verdict.BLOCKED

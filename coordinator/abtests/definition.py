@@ -134,7 +134,8 @@ def read_plan(body: Mapping[str, Any], find: Find, account: str) -> Plan:
         alpha=part.number("alpha", limits.AB_ALPHA_MIN, limits.AB_ALPHA_MAX, ALPHA_DEFAULT),
         unit=part.chosen("unit", UNITS, UnitKind.USER),
         ramp=_ramp(part.items("ramp", limits.AB_RAMP_STEPS_MAX, ())),
-        auto_promote=part.flag("auto_promote", True),
+        # where the base itself is not on trial nobody can say that a winner is better than that
+        auto_promote=part.flag("auto_promote", True) and any(arm.address == base.address for arm in arms),
     )
 
 

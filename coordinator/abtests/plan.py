@@ -18,20 +18,22 @@ SHARE_WHOLE = 100_000  # shares are in thousandths of a percent
 class Metric(StrEnum):
     """What is measured of each job, and averaged over the jobs of an arm.
 
-    ``latency`` and ``time_to_first_token`` in microseconds, ``success`` 0 or 1 of all jobs that ended, ``tokens_per_second`` in
-    thousandths, ``cost`` in micro-credits, ``thumbs`` 0 or 1 of the jobs that were rated.
+    ``latency`` and ``time_to_first_token`` in microseconds, ``success`` 0 or 1 of the jobs that succeeded or failed, ``abandoned`` 0 or 1
+    of those and of the jobs that their Consumers gave up on, ``tokens_per_second`` in thousandths, ``cost`` in micro-credits, ``thumbs`` 0
+    or 1 of the jobs that were rated.
     """
 
     LATENCY = "latency"
     TIME_TO_FIRST_TOKEN = "time_to_first_token"
     SUCCESS = "success"
+    ABANDONED = "abandoned"
     TOKENS_PER_SECOND = "tokens_per_second"
     COST = "cost"
     THUMBS = "thumbs"
 
     @property
     def lower_is_better(self) -> bool:
-        return self in (Metric.LATENCY, Metric.TIME_TO_FIRST_TOKEN, Metric.COST)
+        return self in (Metric.LATENCY, Metric.TIME_TO_FIRST_TOKEN, Metric.ABANDONED, Metric.COST)
 
 
 class UnitKind(StrEnum):

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from coordinator.abtests.service import AbTests
 from coordinator.dispatch import Emit
-from coordinator.jobs import Assigned, CacheHit, Event
+from coordinator.jobs import Assigned, CacheHit, CachePassed, CacheWaits, Event, Replayed
 from coordinator.orders import Order
 
 
@@ -34,19 +34,28 @@ class AbRouter:
         return await self._tests.assign(order)
 
     async def run(self, order: Order, emit: Emit) -> None:
-        """Says first which arm the request is in, if it is in one. Raises what Desk.run raises."""
+        """Says first which arm the request is in, if it is in one. Of a request that may have come before it is said once it is known that
+        it is answered anew: an earlier answer names the arm of its own job. Raises what Desk.run raises."""
         order = await self._tests.assign(order)
         arm = order.arm
         if arm is None:
             await self._worker.run(order, emit)
             return
 
+        is_said = not (order.is_retry or order.idempotency_key)
+
         async def noting(event: Event) -> None:
+            nonlocal is_said
             if isinstance(event, CacheHit):
                 self._tests.note_cached(arm)
+            if not (is_said or isinstance(event, CachePassed | CacheWaits)):
+                is_said = True
+                if not isinstance(event, Replayed):
+                    await emit(Assigned(arm.test, arm.variant))
             await emit(event)
 
-        await emit(Assigned(arm.test, arm.variant))
+        if is_said:
+            await emit(Assigned(arm.test, arm.variant))
         await self._worker.run(order, noting)
 
     async def collect(self, order: Order) -> list[Event]:

@@ -7,16 +7,22 @@ whoever decides by what it has read (``change``) changes nothing where somebody 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import sqlalchemy as sql
 
 from coordinator.abtests.plan import AbState, ArmCounts, Metric, Plan, Tally
 from coordinator.abtests.plan_json import plan_from_json, plan_to_json
-from coordinator.books.ab_units import AbUnit, added, unit_id
+from coordinator.books.ab_units import CACHE_SOURCE, AbUnit, added, unit_id
+from coordinator.books.jobs import ENDED
 from coordinator.books.schema import ab_events, ab_tests, ab_units, jobs
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +102,17 @@ def _values(test: AbTest) -> dict[str, Any]:
 # ---- questions
 
 
-def tests_after(connection: sql.Connection, seq: int) -> list[AbTest]:
-    """Those that have changed since the change of this number."""
-    return [_test(row) for row in connection.execute(sql.select(ab_tests).where(ab_tests.c.seq > seq).order_by(ab_tests.c.seq))]
+def tests_after(connection: sql.Connection, seq: int) -> tuple[list[AbTest], int]:
+    """Those that have changed since the change of this number, and the number of the last change. What cannot be read here, since another
+    version of this program has written it, is left out: it concerns no other test."""
+    found = []
+    for row in connection.execute(sql.select(ab_tests).where(ab_tests.c.seq > seq).order_by(ab_tests.c.seq)):
+        seq = row.seq
+        try:
+            found.append(_test(row))
+        except (KeyError, ValueError, TypeError) as error:
+            log.error("A/B test %s cannot be read: %r", row.id, error)
+    return found, seq
 
 
 def test_of(connection: sql.Connection, id: str) -> AbTest | None:
@@ -126,11 +140,12 @@ def events_of(connection: sql.Connection, test: str) -> list[AbEvent]:
     return [AbEvent(row.at_ms, row.kind, row.account, json.loads(row.detail)) for row in rows]
 
 
-# metric -> the sum of a unit's values, and of how many jobs it is
-_SUMS: dict[Metric, tuple[str, str]] = {
+# metric -> the sum of a unit's values, and which of its jobs it is of
+_SUMS: dict[Metric, tuple[str, ...]] = {
     Metric.LATENCY: ("latency_us", "succeeded"),
     Metric.TIME_TO_FIRST_TOKEN: ("first_word_us", "first_words"),
     Metric.SUCCESS: ("succeeded", "jobs"),
+    Metric.ABANDONED: ("abandoned", "jobs", "abandoned"),
     Metric.TOKENS_PER_SECOND: ("speed_milli", "speeds"),
     Metric.COST: ("cost_micros", "succeeded"),
     Metric.THUMBS: ("ups", "rated"),
@@ -142,10 +157,11 @@ def counts_of(connection: sql.Connection, test: str) -> dict[str, ArmCounts]:
     column = ab_units.c
     columns: list[Any] = [column.arm, sql.func.count().label("units")]
     columns += [sql.func.sum(column[name]).label(name) for name in ("jobs", "succeeded", "cached", "tokens")]
-    for metric, (value, count) in _SUMS.items():
-        total, many = sql.cast(column[value], sql.Double), sql.cast(column[count], sql.Double)
+    for metric, (value, *counts) in _SUMS.items():
+        count = reduce(add, (column[name] for name in counts))
+        total, many = sql.cast(column[value], sql.Double), sql.cast(count, sql.Double)
         columns += [
-            sql.func.sum(sql.case((column[count] > 0, 1), else_=0)).label(f"{metric}_units"),
+            sql.func.sum(sql.case((count > 0, 1), else_=0)).label(f"{metric}_units"),
             sql.func.sum(many).label(f"{metric}_n"),
             sql.func.sum(total).label(f"{metric}_s"),
             sql.func.sum(total * total).label(f"{metric}_ss"),
@@ -172,13 +188,13 @@ def _arm_counts(row: Mapping[str, Any]) -> ArmCounts:
 
 
 def recount(connection: sql.Connection, test: str) -> dict[str, AbUnit]:
-    """What the counters of a test have to be by its jobs, but for answers from the cache; by the units' ids."""
+    """What the counters of a test have to be by its jobs, but for answers from the cache; by the units' ids. Also of the units of which no
+    job counts."""
     found: dict[str, AbUnit] = {}
-    for row in connection.execute(sql.select(jobs).where(jobs.c.ab_test == test)):
+    ended = jobs.c.state.in_([str(state) for state in ENDED]) & (jobs.c.bid_source != CACHE_SOURCE)
+    for row in connection.execute(sql.select(jobs).where(jobs.c.ab_test == test, ended)):
         id = unit_id(row.ab_test, row.ab_arm, row.ab_unit)
-        unit = added(found.get(id) or AbUnit(id, row.ab_test, row.ab_arm, row.ab_unit), row)
-        if unit.jobs:
-            found[id] = unit
+        found[id] = added(found.get(id) or AbUnit(id, row.ab_test, row.ab_arm, row.ab_unit), row)
     return found
 
 

@@ -4,8 +4,9 @@ Theory of operation. A job of a test is counted in the transaction that ends it,
 follows from the job's own row (``Counted``), so the sums equal a recount of the jobs. Of a unit's sums the statistics need no more than
 these: the observation is the unit, not the job (coordinator/abtests/statistics.py).
 
-Rules. Jobs that succeeded or failed count; those that were cancelled, whose Coordinator was lost or whose books were away do not, since
-that is no fault of the version that was tried; their units do. Answers from the cache are counted apart.
+Rules. Jobs that succeeded count, and those that failed in a way that speaks of the version (``SAYS_NOTHING`` has the others). Those that an
+Island had and their Consumer gave up on are counted apart, as abandoned: with a version that hangs they are all that is seen of it. Of all
+others, and of those that another run of a Coordinator had to do again, only their unit is known. Answers from the cache are counted apart.
 """
 
 from __future__ import annotations
@@ -15,15 +16,24 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from coordinator.books.rows import Address, Kind, Rows
+from protocol.errors import Code
 
-OURS = frozenset({"coordinator_lost", "books_unavailable"})  # error codes that say nothing about the version
+# Error codes of jobs whose end says nothing about the version that was tried.
+_CONSUMERS = {Code.BAD_INPUT, Code.NO_TOOLS, Code.CONTEXT_LENGTH, Code.UNSIGNED}
+_ABSENT = {Code.NO_CAPACITY, Code.UNKNOWN_CARGO, Code.DRAINING, Code.BAD_TICKET}
+_OURS = {Code.CANCELLED, "coordinator_lost", "books_unavailable", "expired", "bridge_lost"}
+SAYS_NOTHING = frozenset(map(str, _CONSUMERS | _ABSENT | _OURS))
+# The same where no Island had the job. Where one had, it broke on that one and nobody was left to try it again: so does a job end whose
+# version crashes, where one Island has that version.
+SAYS_NOTHING_UNPLACED = frozenset({str(Code.NO_ISLAND)})
+GIVEN_UP = str(Code.CANCELLED)  # the error code of a job that was cancelled for its Consumer while it ran, and by nobody else
 CACHE_SOURCE = "cache"  # the bid source of a job whose answer was kept
 
 
 @dataclass(frozen=True, slots=True)
 class AbUnit:
-    """``latency_us`` and ``cost_micros``: of the jobs that succeeded; ``first_words``, ``speeds``, ``rated``: how many jobs the sum beside
-    each is of."""
+    """``jobs``: that count; ``abandoned``: beside them. ``latency_us`` and ``cost_micros``: of the jobs that succeeded; ``first_words``,
+    ``speeds``, ``rated``: how many jobs the sum beside each is of."""
 
     id: str
     test: str
@@ -31,6 +41,7 @@ class AbUnit:
     unit: str
     jobs: int = 0
     succeeded: int = 0
+    abandoned: int = 0
     cached: int = 0
     tokens: int = 0
     latency_us: int = 0
@@ -60,6 +71,10 @@ class Counted(Protocol):
     @property
     def error_code(self) -> str: ...
     @property
+    def island(self) -> str: ...
+    @property
+    def tries(self) -> int: ...
+    @property
     def bid_source(self) -> str: ...
     @property
     def completion_tokens(self) -> int: ...
@@ -83,10 +98,23 @@ def unit_of(job: Counted) -> str:
 
 
 def counts(job: Counted) -> bool:
-    """Whether a job that has ended says something about its arm."""
-    if not job.ab_test or job.bid_source == CACHE_SOURCE:
-        return False
-    return job.state == "succeeded" or (job.state == "failed" and job.error_code not in OURS)
+    """Whether a job has ended in a way that says something about its arm."""
+    return _is_of_one_run(job) and (job.state == "succeeded" or (job.state == "failed" and _is_versions(job)))
+
+
+def is_abandoned(job: Counted) -> bool:
+    """Whether an Island had the job, and its Consumer did not wait for the end."""
+    return _is_of_one_run(job) and job.state == "cancelled" and job.error_code == GIVEN_UP and job.island != ""
+
+
+def _is_of_one_run(job: Counted) -> bool:
+    """Of a job that was taken over and done again, the times are of its last try alone."""
+    return bool(job.ab_test) and job.bid_source != CACHE_SOURCE and job.tries == 1
+
+
+def _is_versions(job: Counted) -> bool:
+    """Whether a failure speaks of the version."""
+    return job.error_code not in SAYS_NOTHING and not (job.island == "" and job.error_code in SAYS_NOTHING_UNPLACED)
 
 
 def speed_milli(job: Counted) -> int:
@@ -99,6 +127,8 @@ def speed_milli(job: Counted) -> int:
 
 def added(unit: AbUnit, job: Counted) -> AbUnit:
     """With a job that has ended."""
+    if is_abandoned(job):
+        return replace(unit, abandoned=unit.abandoned + 1)
     if not counts(job):
         return unit
     unit = replace(unit, jobs=unit.jobs + 1)

@@ -6,11 +6,12 @@ seconds, and nobody who writes waits for it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sqlalchemy as sql
 
-from coordinator.books.ab_units import CACHE_SOURCE, OURS
+from coordinator.books.ab_units import CACHE_SOURCE, GIVEN_UP, SAYS_NOTHING, SAYS_NOTHING_UNPLACED
 
 SHOWN_MAX = 10  # rows of one check that are named
 SILENT_MS_MAX = 7_200_000  # so long a job without an open ticket may be open: upkeep ends it much sooner
@@ -31,13 +32,18 @@ def _differing(key: str, left: str, right: str) -> str:
     return f"SELECT {key}, SUM(a) AS a, SUM(b) AS b FROM ({sides}) AS sides GROUP BY {key} HAVING SUM(a) <> SUM(b)"
 
 
-# As ab_units.counts says it.
+def _listed(codes: Iterable[str]) -> str:
+    return ", ".join(f"'{code}'" for code in sorted(codes))
+
+
+# As ab_units.counts and is_abandoned say it.
 _UNIT = "ab_test || '/' || ab_arm || '/' || ab_unit"
-_OURS = ", ".join(f"'{code}'" for code in sorted(OURS))
+_TRIED = f"ab_test <> '' AND bid_source <> '{CACHE_SOURCE}'"
 _COUNTED = (
-    f"ab_test <> '' AND bid_source <> '{CACHE_SOURCE}' "
-    f"AND (state = 'succeeded' OR (state = 'failed' AND error_code NOT IN ({_OURS})))"
+    f"{_TRIED} AND tries = 1 AND (state = 'succeeded' OR (state = 'failed' AND error_code NOT IN ({_listed(SAYS_NOTHING)}) "
+    f"AND NOT (island = '' AND error_code IN ({_listed(SAYS_NOTHING_UNPLACED)}))))"
 )
+_ABANDONED = f"{_TRIED} AND tries = 1 AND state = 'cancelled' AND error_code = '{GIVEN_UP}' AND island <> ''"
 _CHARGES = "SELECT reference AS id, amount FROM transfers WHERE kind = 'charge'"
 
 CHECKS = (
@@ -139,6 +145,17 @@ CHECKS = (
     Check(
         "unit {id} of an A/B test has counted {a} jobs, there are {b}",
         _differing("id", "SELECT id, jobs AS amount FROM ab_units", f"SELECT {_UNIT} AS id, 1 AS amount FROM jobs WHERE {_COUNTED}"),
+    ),
+    Check(
+        "unit {id} of an A/B test has counted {a} jobs that were given up, there are {b}",
+        _differing(
+            "id", "SELECT id, abandoned AS amount FROM ab_units", f"SELECT {_UNIT} AS id, 1 AS amount FROM jobs WHERE {_ABANDONED}"
+        ),
+    ),
+    Check(
+        "job {id} of an A/B test has ended, and its unit {unit} is not known",
+        f"SELECT t.id, t.unit FROM (SELECT id, {_UNIT} AS unit FROM jobs WHERE {_TRIED} AND state IN ({_ENDED})) AS t "
+        "LEFT JOIN ab_units u ON u.id = t.unit WHERE u.id IS NULL",
     ),
     Check(
         "the sums of unit {id} of an A/B test come to {a}, those of its jobs to {b}",

@@ -535,6 +535,9 @@ class Adopt:
 
     def reads(self, rows: Rows) -> Iterable[Address]:
         yield JOBS, self.job_id
+        job = rows.peek(JOBS, self.job_id)
+        if job is not None and job.ab_test:
+            yield AB_UNITS, unit_of(job)
         yield from ReleaseHold(self.job_id, user(self.account)).reads(rows)
 
     def apply(self, rows: Rows, now_ms: int) -> Job:
@@ -557,6 +560,8 @@ class Adopt:
         ReleaseHold(self.job_id, user(self.account)).apply(rows, now_ms)
         ended = replace(ended, finished_at_ms=now_ms, input=b"")
         rows.put(JOBS, ended)
+        if ended.ab_test:
+            note_job(rows, ended)
         return ended
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from coordinator.books.ab_units import AB_UNITS, CACHE_SOURCE, rated, unit_of, unit_row
+from coordinator.books.ab_units import AB_UNITS, counts, rated, unit_of, unit_row
 from coordinator.books.errors import BooksRefused, Why
 from coordinator.books.jobs import JOBS, Job, JobState
 from coordinator.books.rows import Address, Rows
@@ -33,7 +33,7 @@ class RateJob:
             raise BooksRefused(Why.STATE, f"the job is {job.state}: only an answer that has come can be rated")
         if job.rating == self.rating:
             return job
-        if job.ab_test and job.bid_source != CACHE_SOURCE:
+        if counts(job):
             rows.put(AB_UNITS, rated(unit_row(rows, job.ab_test, job.ab_arm, job.ab_unit), job.rating, self.rating))
         job = replace(job, rating=self.rating)
         rows.put(JOBS, job)

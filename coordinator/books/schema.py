@@ -474,6 +474,7 @@ ab_units = sql.Table(
     _text("unit", sql.String(32)),
     _int("jobs"),
     _int("succeeded"),
+    _int("abandoned"),
     _int("cached"),
     _int("tokens"),
     _int("latency_us"),

@@ -26,6 +26,7 @@ QUESTION_CHARS_MAX = 400
 NORMALISED_CHARS_MAX = 2_000
 _TEXT_LABEL = b"archipelag/cache-text/1\0"
 _VERSION_LABEL = b"archipelag/cache-version/1\0"
+_UNIT_LABEL = b"archipelag/cache-unit/1\0"
 _LINES_LABEL = b"archipelag/cache-lines/1\0"
 
 
@@ -48,11 +49,17 @@ class CacheAsk:
     by_default: bool = True
     content_hash: str = ""
 
-    def pinned(self, cargo: str, content_hash: str) -> CacheAsk:
-        """The same question to one version of a Cargo: its answers stand under keys of their own."""
-        version = _VERSION_LABEL + f"{cargo}\0{content_hash}\0".encode()
-        context = hashlib.sha256(version + self.context).digest() if self.context else b""
-        key = hashlib.sha256(version + self.key).digest()
+    def pinned(self, cargo: str, content_hash: str, unit: str = "") -> CacheAsk:
+        """The same question to one version of a Cargo: its answers stand under keys of their own.
+
+        ``unit``: of an A/B test, with the test's name before it; its answers are its own too. Or the larger arm would have more of what is
+        asked often in the cache, and other questions among its jobs than the smaller one.
+        """
+        prefix = _VERSION_LABEL + f"{cargo}\0{content_hash}\0".encode()
+        if unit:
+            prefix = _UNIT_LABEL + f"{unit}\0".encode() + prefix
+        context = hashlib.sha256(prefix + self.context).digest() if self.context else b""
+        key = hashlib.sha256(prefix + self.key).digest()
         return replace(self, cargo=cargo, content_hash=content_hash, key=key, context=context)
 
 

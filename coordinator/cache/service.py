@@ -38,9 +38,9 @@ from coordinator.cache.shadow import Shadow
 from coordinator.cache.statistics import CacheStatistics, Counts
 from coordinator.cache.table import AnswerTable, Entry
 from coordinator.cache.versions import Cargos, Versions
-from coordinator.desk import Desk
+from coordinator.desk import Desk, retold
 from coordinator.dispatch import Emit
-from coordinator.jobs import CacheHit, CachePassed, CacheWaits, Event, Replayed, Text
+from coordinator.jobs import CacheHit, CachePassed, CacheWaits, Event, Text
 from coordinator.orders import Order
 from coordinator.transcript import Transcript, replay
 from protocol.cargos import CachePolicy
@@ -167,7 +167,7 @@ class AnswerCache:
         if not (order.is_retry or order.idempotency_key):
             return None
         opened = await self._desk.first_try(order)
-        return None if opened is None or opened.earlier is None else (Replayed(opened.job.id), *opened.earlier)
+        return None if opened is None or opened.earlier is None else retold(opened)
 
     async def _fly(self, order: Order, ask: CacheAsk, policy: CachePolicy, emit: Emit) -> None:
         """Waits for an equal order that is under way, or goes on itself."""

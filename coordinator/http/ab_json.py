@@ -33,6 +33,7 @@ SHOWN: Mapping[Metric, Shown] = {
     Metric.LATENCY: Shown("avg_latency_ms", "ms", 0.001),
     Metric.TIME_TO_FIRST_TOKEN: Shown("avg_time_to_first_token_ms", "ms", 0.001),
     Metric.SUCCESS: Shown("success_rate", "percent", 100.0),
+    Metric.ABANDONED: Shown("abandoned_percent", "percent", 100.0),
     Metric.TOKENS_PER_SECOND: Shown("avg_tokens_per_second", "tokens/s", 0.001),
     Metric.COST: Shown("avg_cost", "credits", 1 / limits.CREDIT_MICROS),
     Metric.THUMBS: Shown("thumbs_up_percent", "percent", 100.0),

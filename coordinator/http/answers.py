@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
-from coordinator.http.ab_notes import ab_headers, ab_metadata
+from coordinator.http.ab_notes import ab_headers, ab_metadata, assigned_of
 from coordinator.http.cache_notes import CacheNote
 from coordinator.http.schema import ApiRequest
 from coordinator.jobs import (
@@ -75,6 +75,7 @@ class Answer:
             self.settled = event
         elif isinstance(event, Replayed):
             self.job_id, self.is_replay = event.job_id, True
+            self.assigned = assigned_of(event.test, event.variant)
             self.cache.note(event)
         elif isinstance(event, CacheHit | CachePassed):
             self.job_id = self.cache.note(event) or self.job_id

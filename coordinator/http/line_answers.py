@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from coordinator.cache.asking import CacheAsk
-from coordinator.http.ab_notes import ab_headers, ab_metadata
+from coordinator.http.ab_notes import ab_headers, ab_metadata, assigned_of
 from coordinator.http.cache_notes import CacheNote
 from coordinator.http.job_input import job_order
 from coordinator.http.terms import Terms
@@ -73,8 +73,8 @@ class LineAnswer:
                 self.result, self.island = event, event.islands[-1]
             case Settled():
                 self.settled = event
-            case Replayed(job_id):
-                self.job_id, self.is_replay = job_id, True
+            case Replayed(job_id, test, variant):
+                self.job_id, self.is_replay, self.assigned = job_id, True, assigned_of(test, variant)
                 self.cache.note(event)
             case CacheHit() | CachePassed():
                 self.job_id = self.cache.note(event) or self.job_id

@@ -154,6 +154,28 @@ def test_rows_that_come_change_and_go_leave_what_a_fresh_start_would() -> None:
     assert facts.order_book() == fresh.order_book()
 
 
+def test_versions_are_those_of_islands_that_stay_and_are_approved() -> None:
+    """However often an Island says another one: what nobody has any more is forgotten."""
+    rng, facts, there = Random(3), Columns("m"), dict[str, tuple[Candidate, bool]]()
+    for _ in range(2000):
+        name = rng.choice("ABCDEFGH")
+        if name in there and rng.random() < 0.1:
+            facts.drop(name)
+            del there[name]
+            continue
+        content_hash = rng.choice((*HASHES, f"{rng.randrange(10**6):064x}"))
+        one = replace(named(name, 1.0), offer=offer("m", content_hash=content_hash), draining=rng.random() < 0.3)
+        there[name] = one, rng.random() < 0.7
+        facts.put(one, Known(is_approved=there[name][1]))
+        good = {name: it.offer.content_hash for name, (it, is_approved) in there.items() if is_approved and not it.draining}
+        assert facts.content_hashes() == set(good.values())
+        has = {HASHES[0]: facts.has_content(HASHES[0]).tolist(), content_hash: facts.has_content(content_hash).tolist()}
+        for each, rows in has.items():
+            assert rows == [there[island][0].offer.content_hash == each for island in facts.islands]
+            assert all(facts.offers(island, each) is (good.get(island) == each) for island in "ABCDEFGH")
+    assert not facts.has_content("ab" * 32).any() and len(facts._codes) < 100 and not Columns("m").content_hashes()
+
+
 def test_a_claim_counts_up_to_twice_what_was_measured() -> None:
     facts = Columns.of(
         "m", [named("A", 1e7), named("B", 30.0), named("C", 0.0)], {"B": Known(measured_tokens_per_s=20)}

@@ -247,7 +247,7 @@ async def test_only_releases_that_are_listed_are_run_under_their_name(tmp_path: 
     )
     releases: dict[str, tuple[str, ...]] = {"counter": ("dd" * 32, "bb" * 32, "aa" * 32)}
     async with opened(url_of(tmp_path), old, new, false) as running:
-        running.server._parts.placer.releases = releases.get
+        running.server._parts.placer.offered.releases = releases.get
         for _ in range(5):
             assert events_of((await post(running, stream=True)).text)[-1][0] == "complete"
         assert [len(one.lines.requests) for one in (old, new, false) if one.lines] == [0, 5, 0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -303,6 +305,76 @@ async def test_within_a_transaction_of_somebody_else(database_url: str) -> None:
         await registry.refresh()
         known = registry.promotion_of(NAME)
         assert known is not None and known.signed == signed and standing(registry) == ["2.0.0", "1.0.0"]
+
+
+async def test_in_a_transaction_a_name_stands_for_what_it_will_stand_for(books_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database and what is remembered of it say the same, whatever has happened to the Cargos; the latter knows by itself when time
+    makes a difference."""
+    rng, clock = random.Random(7), NOW_MS
+    names, seen = (NAME, "another"), Counter[str]()
+    async with opened(books_url) as running:
+        registry, books = running.server.registry, running.server.books
+        monkeypatch.setattr(registry, "_now_ms", lambda: clock)
+        made: list[SignedCargo] = []
+        for step in range(150):
+            what = rng.choice(["publish", "candidate", "promote", "promote", "suspend", "approve", "revoke", "wait", "back"])
+            one = rng.choice(made) if made else None
+            try:
+                if what in ("publish", "candidate"):
+                    ends_ms = clock + rng.randrange(1, 9) * 1000 if rng.random() < 0.5 else 0
+                    made.append(cargo(rng.choice(names), f"{step + 1}.0.0", expires_at_ms=ends_ms))
+                    await published(running, made[-1], candidate=what == "candidate")
+                elif what in ("wait", "back"):
+                    clock += rng.randrange(0, 3000) if what == "wait" else -rng.randrange(0, 2000)
+                elif one is None:
+                    continue
+                elif what == "promote":
+                    await promote(running, one, rng.choice(names))
+                elif what == "revoke":
+                    if rng.random() < 0.2:
+                        await registry.revoke(revocation(one))
+                else:
+                    await become(running, one, CargoState.SUSPENDED if what == "suspend" else CargoState.APPROVED)
+            except RegistryRefused:
+                continue
+            seen[what] += 1
+            for name in names:
+                current = registry.current(name)
+                address = current.cargo.address if current is not None else ""
+                assert await books.ask(registry.current_within, name) == address, (step, what)
+                behind = current.cargo.manifest.name if current is not None else name
+                assert registry.name_behind(name) == behind and (name in registry.aliases()) is (behind != name)
+                seen["another"] += behind != name
+                seen["none"] += current is None
+        assert await books.ask(registry.current_within, "nothing") == "" and registry.name_behind("nothing") == "nothing"
+        assert min(seen.values()) >= 3 and len(seen) == 10, seen
+
+
+async def test_what_a_name_stands_for_is_worked_out_once(books_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, worked = NOW_MS, Counter[str]()
+    async with opened(books_url) as running:
+        registry = running.server.registry
+        monkeypatch.setattr(registry, "_now_ms", lambda: clock)
+        work_out = registry._stand
+
+        def counting(name: str, *more: Any) -> Any:
+            worked[name] += 1
+            return work_out(name, *more)
+
+        monkeypatch.setattr(registry, "_stand", counting)
+        await published(running, ONE, two := cargo(NAME, "2.0.0", expires_at_ms=NOW_MS + 10))
+        worked.clear()
+        for _ in range(3):
+            assert registry.releases(NAME) == (two.address, ONE.address) and registry.releases("nothing") is None
+        clock = NOW_MS + 10
+        assert registry.releases(NAME) == (two.address, ONE.address) and worked == {NAME: 1}
+        clock = NOW_MS + 11
+        assert registry.releases(NAME) == registry.releases(NAME) == (ONE.address,) and worked == {NAME: 2}
+        clock = NOW_MS
+        assert registry.releases(NAME) == (two.address, ONE.address) and worked == {NAME: 3}, "a clock may be set back"
+        await published(running, cargo("another"))
+        registry.releases(NAME)
+        assert worked == {NAME: 4}, "anything may have changed"
 
 
 async def test_serials_go_up_though_the_clock_goes_back(books_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

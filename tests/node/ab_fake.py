@@ -46,11 +46,14 @@ def told(state: AbState = AbState.ACTIVE, **more: Any) -> dict[str, Any]:
     return test_json(ab_test(state, **more))
 
 
-def arm(units: int, latency_ms: float, sd_ms: float = 100.0, failed: int = 0, cached: int = 0, rated: int = 0, up: int = 0) -> ArmCounts:
-    """What an arm has come to whose units have brought one job each; no first tokens."""
+def arm(
+    units: int, latency_ms: float, failed: int = 0, cached: int = 0, rated: int = 0, up: int = 0, abandoned: int = 0
+) -> ArmCounts:
+    """What an arm has come to whose units have brought one job each, and as many others one that they gave up; no first tokens."""
     tallies = {
-        Metric.LATENCY: _tally(units - failed, latency_ms * 1000, sd_ms * 1000),
+        Metric.LATENCY: _tally(units - failed, latency_ms * 1000, 100_000),
         Metric.SUCCESS: _shares(units, units - failed),
+        Metric.ABANDONED: _shares(units + abandoned, abandoned),
         Metric.TOKENS_PER_SECOND: _tally(units - failed, 41_250.0, 500.0),
         Metric.COST: _tally(units - failed, 1200.0, 0.0),
         Metric.THUMBS: _shares(rated, up),
@@ -74,7 +77,7 @@ def results(made: AbTest | None = None, *arms: ArmCounts, exposure: float = 100.
     return results_json(Results(made, counts, report, exposure, held))
 
 
-FEW = (arm(433, 412.34, failed=3, cached=40), arm(412, 389.21, failed=2, cached=38, rated=8, up=7))
+FEW = (arm(433, 412.34, failed=3, cached=40), arm(412, 389.21, failed=2, cached=38, rated=8, up=7, abandoned=6))
 MANY = (arm(2000, 412.34, failed=10), arm(2010, 350.0, failed=9))
 
 

@@ -124,6 +124,7 @@ class ScriptedDesk:
     """A DirectDesk that places on the first Island which is not excluded. What it says no with is taken from ``refusals``, one a wish."""
 
     islands: list[Island] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)  # that stand for Cargos of other names
     refusals: list[Exception | None] = field(default_factory=list)
     count_every: int = 8
     wanted: list[TicketWanted] = field(default_factory=list)
@@ -171,7 +172,8 @@ class ScriptedDesk:
 
     def _granted(self, wanted: TicketWanted, holder: str) -> TicketGranted:
         excluded = {one.peer for one in wanted.excluded}
-        able = [island for island in self.islands if island.peer not in excluded and wanted.cargo == island.offer().name]
+        cargo = self.names.get(wanted.cargo, wanted.cargo)
+        able = [island for island in self.islands if island.peer not in excluded and cargo == island.offer().name]
         if not able:
             raise Refused(Code.NO_ISLAND, "no Island that can take this job is left")
         island, now = able[0], now_ms()
@@ -183,7 +185,7 @@ class ScriptedDesk:
             job_id=wanted.job_id,
             route=(island.peer,),
             boots=(BOOT,),
-            cargo=wanted.cargo,
+            cargo=cargo,
             content_hash=island.offer().content_hash,
             token_limit=wanted.output_tokens,
             price_limit_micros=10**9,

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -269,12 +270,12 @@ def test_results(run: Run, fake: FakeCoordinator) -> None:
     assert said[0] == f"faster ({ID}), active for 3.2 h, exposure 100 % of all units"
     rows = [line.split("  ") for line in said[2:5]]
     assert [cell.strip() for cell in rows[0] if cell] == (
-        "variant,version,share,units,jobs,cached,success %,latency ms,TTFT ms,tokens/s,cost credits,thumbs %".split(",")
+        "variant,version,share,units,jobs,cached,success %,abandoned %,latency ms,TTFT ms,tokens/s,cost credits,thumbs %".split(",")
     )
     assert [cell.strip() for cell in rows[1] if cell] == (
-        "old (control),answers@1.0.0,50 %,433,433,40,99.3,412.3,-,41.25,0.001200,-".split(",")
+        "old (control),answers@1.0.0,50 %,433,433,40,99.3,0.0,412.3,-,41.25,0.001200,-".split(",")
     )
-    assert [cell.strip() for cell in rows[2] if cell] == "new,answers@2.0.0,50 %,412,412,38,99.5,389.2,-,41.25,0.001200,87.5".split(",")
+    assert [cell.strip() for cell in rows[2] if cell] == "new,answers@2.0.0,50 %,412,412,38,99.5,1.4,389.2,-,41.25,0.001200,87.5".split(",")
     assert said[6:] == [
         "new against old: latency -23.13 ms [-46.21 to -0.05 at 95 %], lift -5.6 %, sequential p 0.0493; conclusive: better",
         "progress: 410 of 1,000 samples in each variant, 3.2 of 24 h",
@@ -290,6 +291,11 @@ LATE = ab_test(hours=30)
 BY_HAND = ab_test(hours=30, plan=replace(PLAN, auto_promote=False))
 
 
+def test_a_variant_that_is_given_up_on_is_said_to_be() -> None:
+    said = " ".join(" ".join(lines_of(results(LATE, arm(2000, 400), arm(2000, 350, abandoned=300)))).split())
+    assert "blocked: Consumers give up on a variant more often than on the control" in said and said.endswith(f"ab rollback {ID}")
+
+
 @pytest.mark.parametrize(
     "made, words",
     [
@@ -298,7 +304,7 @@ BY_HAND = ab_test(hours=30, plan=replace(PLAN, auto_promote=False))
         (results(LATE, *MANY), "new has won; it is promoted within seconds"),
         (results(BY_HAND, *MANY), f"new has won. Next: archipelag-node ab promote {ID}"),
         (results(LATE, arm(2000, 400), arm(2000, 450)), f"old is better than every other variant. Next: archipelag-node ab rollback {ID}"),
-        (results(LATE, arm(4600, 400), arm(5400, 400)), "blocked: units did not go to the arms in the shares of the plan"),
+        (results(LATE, arm(4600, 400), arm(5400, 400)), "blocked: units did not go to the variants in the shares of the plan"),
         (results(LATE, arm(2000, 400), arm(2000, 400, failed=400)), "more than a guardrail allows (success of new)"),
         (results(held="no Island offers answers 2.0.0"), "stands still: no Island offers answers 2.0.0; it goes on by itself"),
         (results(ab_test(AbState.PAUSED)), f"paused: everybody gets the base, and nothing is counted. Next: {ACTIVATE}"),
@@ -466,7 +472,7 @@ def test_watch_outlives_a_coordinator_that_is_away_for_a_while(monkeypatch: pyte
 
 def test_watch_by_its_command(run: Run, fake: FakeCoordinator, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("time.sleep", slept.append)
+    monkeypatch.setattr("node.commands.ab.time", SimpleNamespace(sleep=slept.append))
     ended = results(ab_test(AbState.ROLLED_BACK))
     fake.say("GET /results", (200, results()), (503, refusal("the books are away", "books_unavailable")), (200, ended))
     assert "rolled back" in run("watch", ID, "--interval", "0.5", status=1)
@@ -477,7 +483,7 @@ def test_ctrl_c_leaves_the_test_running(run: Run, fake: FakeCoordinator, monkeyp
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("time.sleep", interrupted)
+    monkeypatch.setattr("node.commands.ab.time", SimpleNamespace(sleep=interrupted))
     fake.say("GET /results", (200, results()))
     said = run("watch", ID, status=EXIT_INTERRUPTED)
     assert said.endswith(f"the test goes on without you; come back with\n  archipelag-node ab watch {ID}\n")

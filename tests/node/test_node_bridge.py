@@ -19,7 +19,7 @@ from protocol.counts import read_count
 from protocol.direct import RateStanding
 from protocol.errors import Code, Refused
 from protocol.receipts import read_receipt
-from protocol.tickets import Ticket
+from protocol.tickets import Ticket, read_ticket
 from runtimes.echo import EchoCargo
 from tests.node.direct_net import API_KEY, WRONG_KEY, bridged
 
@@ -331,9 +331,20 @@ async def test_many_wishes_at_once_stay_within_the_desk_s_bounds(tmp_path: Path)
         assert statuses == [200] * 20 and len(net.desk.wanted) == 320
 
 
+async def test_a_name_may_stand_for_a_cargo_of_another_name(tmp_path: Path) -> None:
+    """For which one, is the Coordinator's to say."""
+    async with bridged(tmp_path) as net, net.http() as client:
+        net.desk.names = {"base": "echo"}
+        answer = await client.post("/v1/chat/completions", json={**HELLO, "model": "base"})
+        assert answer.status_code == 200, answer.text
+        assert read_ticket(net.desk.granted[0]).cargo == "echo" and answer.json()["model"] == "base"
+        await net.desk.wait(lambda: net.desk.settled)
+
+
 ALTERED: dict[str, Any] = {
     "another holder": {"holder": "12D3KooWGRUHtYZFkMQzGpBWUqqxQmRT8nEJyQDnw4S4oF3yQm7A"},
     "another job": {"job_id": "0" * 24},
+    "another Cargo than is offered": {"cargo": "another"},
     "fewer tokens": {"token_limit": 5},
 }
 

@@ -9,7 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from coordinator.abtests import service
+from coordinator.abtests import deciding, service
+from coordinator.abtests.deciding import AbDecisions
 from coordinator.abtests.service import AbTests
 from coordinator.books import ab_tests as rows
 from coordinator.books.ab_units import AbUnit
@@ -50,6 +51,10 @@ def islands() -> tuple[FakeIsland, FakeIsland]:
 
 def service_of(running: Running) -> AbTests:
     return running.server.ab_tests
+
+
+def decisions_of(running: Running) -> AbDecisions:
+    return running.server.ab_decisions
 
 
 async def call(running: Running, method: str, path: str, key: str | None = None, **more: Any) -> httpx.Response:
@@ -108,7 +113,7 @@ async def units_of(running: Running, id: str) -> dict[str, AbUnit]:
         return rows.counted(connection, id), rows.recount(connection, id)
 
     counted, again = await running.server.books.ask(read)
-    assert {key: unit for key, unit in counted.items() if unit.jobs} == {
+    assert {key: unit for key, unit in counted.items() if key in again or not unit.cached} == {
         key: AbUnit(**{**_fields(unit), "cached": counted[key].cached}) for key, unit in again.items()
     }
     return counted
@@ -130,6 +135,7 @@ async def talking(database_url: str, *some: FakeIsland, candidate: bool = True, 
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests are read and looked at all the time."""
     monkeypatch.setattr(service, "POLL_S", 0.02)
-    monkeypatch.setattr(service, "LOOK_S", 0.02)
+    monkeypatch.setattr(deciding, "LOOK_S", 0.02)
+    monkeypatch.setattr(deciding, "BUSY_SHARE", 0)
     monkeypatch.setattr(service, "HELD_S", 0.0)
 

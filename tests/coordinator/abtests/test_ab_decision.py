@@ -275,6 +275,86 @@ def test_what_costs_nothing_may_go_on_costing_nothing() -> None:
     assert (state(0), state(3)) == (GuardrailState.HOLDS, GuardrailState.VIOLATED)
 
 
+# -- Consumers who give up
+
+
+def given_up(base: tuple[int, int], new: tuple[int, int], means: tuple[float, float] = (1000, 950)) -> dict[str, ArmCounts]:
+    """Of each arm how many jobs ended and how many more were given up, each of a unit of its own."""
+    found = {}
+    for name, (ended, gone), mean in zip(("base", "new"), (base, new), means, strict=True):
+        latency, success = spread(mean, 100, ended) if ended else Tally(), share(ended, ended) if ended else Tally()
+        tallies = {Metric.LATENCY: latency, Metric.SUCCESS: success, Metric.ABANDONED: share(gone, ended + gone)}
+        found[name] = ArmCounts(units=ended + gone, jobs=ended, tallies=tallies)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("gone", "verdict", "blocked"),
+    [
+        ((100, 100), Verdict.PROMOTE, ()),
+        ((100, 130), Verdict.PROMOTE, ()),  # a little more, by chance
+        ((100, 170), Verdict.BLOCKED, ("abandoned",)),  # surely, but not by five points
+        ((100, 400), Verdict.HARMFUL, ("abandoned",)),
+        ((400, 100), Verdict.PROMOTE, ()),  # a better version is given up on less
+        ((0, 0), Verdict.PROMOTE, ()),
+    ],
+)
+def test_who_gives_up_is_not_forgotten(gone: tuple[int, int], verdict: Verdict, blocked: tuple[str, ...]) -> None:
+    """Whatever the latencies of the rest say, and without a guardrail."""
+    report = judge(plan(), given_up((2000 - gone[0], gone[0]), (2000 - gone[1], gone[1])), HOURS)
+    assert (report.verdict, report.blocked) == (verdict, blocked)
+    assert (report.winner == "new") == (verdict is Verdict.PROMOTE)
+
+
+def test_a_version_that_always_hangs_is_harmful() -> None:
+    """Not one of its jobs has ended, so nothing else is known of it; long before any minimum."""
+    report = judge(plan(), given_up((HARM_UNITS_MIN, 0), (0, HARM_UNITS_MIN)), 0.1)
+    assert (report.verdict, report.blocked) == (Verdict.HARMFUL, ("abandoned",))
+    fewer = judge(plan(), given_up((HARM_UNITS_MIN, 0), (0, HARM_UNITS_MIN - 1)), 0.1)
+    assert (fewer.verdict, fewer.blocked) == (Verdict.COLLECTING, ())
+    both = judge(plan(), given_up((0, 2000), (0, 2000)), HOURS)
+    assert (both.verdict, both.blocked) == (Verdict.COLLECTING, ())
+
+
+def test_one_account_alone_makes_no_version_look_given_up() -> None:
+    """Nor hides it: of a test in which it brings most of the jobs nothing is concluded."""
+    counts = given_up((1900, 100), (1900, 100))
+    assert judge(plan(), counts, HOURS).verdict is Verdict.PROMOTE
+    for jobs, gone in ((3_000, 3_000), (100_000, 100_000), (100_000, 0)):
+        tallies = dict(counts["new"].tallies or {})
+        known = tallies[Metric.ABANDONED]
+        tallies[Metric.ABANDONED] = Tally(
+            known.units + 1,
+            known.count + jobs,
+            known.total + gone,
+            known.total_squares + gone**2,
+            known.count_squares + jobs**2,
+            known.cross + gone * jobs,
+        )
+        report = judge(plan(), counts | {"new": replace(counts["new"], tallies=tallies)}, HOURS)
+        assert (report.verdict, report.blocked, report.waiting) == (Verdict.COLLECTING, (), ("too_few_units", "not_conclusive"))
+
+
+def test_arms_on_trial_share_how_surely_they_are_given_up_on() -> None:
+    """At p = 0.0004 one arm on trial is, and one of three is not."""
+    two = given_up((1900, 100), (1845, 155))
+    found = judge(plan(), two, HOURS).arms[1].abandonment
+    assert found is not None and 0.001 / 3 < found.p_value < 0.001 and found.is_more and found.points == pytest.approx(2.75)
+    four = two | {name: two["base"] for name in ("b", "c")}
+    found = judge(plan("base", "new", "b", "c"), four, HOURS).arms[1].abandonment
+    assert found is not None and not found.is_more
+
+
+def test_giving_up_may_be_what_a_test_is_about() -> None:
+    asked = plan(primary_metric=Metric.ABANDONED, guardrails=(Guardrail(Metric.LATENCY, 10.0),))
+    report = judge(asked, given_up((1700, 300), (1900, 100)), HOURS)
+    assert (report.verdict, report.winner) == (Verdict.PROMOTE, "new")
+    rule = plan(guardrails=(Guardrail(Metric.ABANDONED, 50.0),))
+    assert guardrail(judge(rule, given_up((1700, 300), (1700, 300)), HOURS)).state is GuardrailState.HOLDS
+    broken = judge(rule, given_up((1900, 100), (1700, 300)), HOURS)
+    assert (broken.verdict, broken.blocked) == (Verdict.HARMFUL, ("guardrail_violated", "abandoned"))
+
+
 # -- several arms
 
 
@@ -354,6 +434,7 @@ def test_a_plan_without_its_control() -> None:
 def test_every_code_has_words() -> None:
     broken = with_success(1900, 1600)
     found = [
+        judge(plan(), given_up((1900, 100), (1600, 400)), HOURS),
         judge(SUCCESS, broken | {"base": replace(broken["base"], units=9)}, HOURS, "held"),
         judge(SUCCESS, with_success(1900, 1830), 0.0),
         judge(plan(), {}, 0.0),
@@ -368,7 +449,7 @@ def test_the_page_and_the_code_say_the_same() -> None:
         home, _, constant = name.rpartition(".")
         assert getattr({"decision": decision, "statistics": statistics}[home], constant) == float(written.replace(",", "")), name
     named = set(re.findall(r"`((?:decision|statistics)\.[A-Z]+_[A-Z_]+)`", page))
-    assert len(rows) == 6 and named <= set(rows)
+    assert len(rows) == 8 and named <= set(rows)
     for word in (*WORDS, *Verdict, *GuardrailState, *Metric, *UnitKind, *AbState):
         assert f"`{word}`" in page, word
     for field, default in (("minimum_samples", "1,000"), ("minimum_hours", "24"), ("alpha", "0.05")):

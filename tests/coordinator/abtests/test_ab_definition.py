@@ -276,7 +276,7 @@ def test_what_is_no_finite_number_is_called_so(value: float) -> None:
         ([{"metric": "cost", "max_regression_percent": 100.1}], "guardrails[0].max_regression_percent"),
         ([{"max_regression_percent": 5}], "guardrails[0].metric"),
         ([{"metric": "cost", "most": 5}], "guardrails[0].most"),
-        (["cost"] * 7, "guardrails"),
+        (["cost"] * 8, "guardrails"),
     ],
 )
 def test_guardrails(value: Any, param: str) -> None:

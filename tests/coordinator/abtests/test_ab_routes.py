@@ -76,6 +76,7 @@ def counts(latency_us: float, units: int) -> ArmCounts:
     tallies = {
         Metric.LATENCY: tally(latency_us, 100_000, good),
         Metric.SUCCESS: Tally(units, units, good, good, units, good),
+        Metric.ABANDONED: Tally(units, units, 5, 5, units, 5),
         Metric.TOKENS_PER_SECOND: tally(41_500, 500, good),
         Metric.COST: tally(1_500, 10, good),
         Metric.THUMBS: Tally(8, 8, 6, 6, 8, 6),
@@ -349,7 +350,7 @@ async def test_results_in_units_for_people() -> None:
         told = (await served.ask("GET", f"{ONE}/results")).json()
     old, new = told["variants"]
     assert (old["avg_latency_ms"], old["avg_tokens_per_second"], old["avg_cost"]) == (900, 41.5, 0.0015)
-    assert (old["success_rate"], old["thumbs_up_percent"], old["rated"]) == (99.8, 75, 8)
+    assert (old["success_rate"], old["abandoned_percent"], old["thumbs_up_percent"], old["rated"]) == (99.8, 0.25, 75, 8)
     assert (new["units"], new["samples"], new["job_count"], new["cached_count"], new["total_tokens"]) == (2050, 2046, 2050, 17, 81_840)
     assert old["is_control"] and not new["is_control"] and old["avg_time_to_first_token_ms"] is None
     (compared,) = told["comparisons"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,18 +11,33 @@ from typing import Any
 import pytest
 
 from coordinator.abtests.plan import Metric
-from coordinator.books import ab_tests
-from coordinator.books.ab_units import CACHE_SOURCE, AbUnit, AddCached, added, speed_milli
+from coordinator.books import ab_tests, schema
+from coordinator.books.ab_units import (
+    CACHE_SOURCE,
+    GIVEN_UP,
+    SAYS_NOTHING,
+    SAYS_NOTHING_UNPLACED,
+    AbUnit,
+    AddCached,
+    added,
+    counts,
+    is_abandoned,
+    speed_milli,
+)
 from coordinator.books.accounts import CreateAccount
+from coordinator.books.audit import audit
 from coordinator.books.database import Database
 from coordinator.books.errors import BooksRefused, Why
-from coordinator.books.jobs import Adopt, Job, JobState, OpenJob, Outcome, RecordJob, SettleJob
+from coordinator.books.jobs import Adopt, Job, JobState, OpenJob, Outcome, Placed, RecordJob, SettleJob, WantCancel
 from coordinator.books.ratings import RateJob
 from coordinator.books.stored import apply_together
 from protocol import limits
+from protocol.errors import Code
+from protocol.prices import Ask
 
 ACCOUNT, OWNER = "ann", "me"
 FOREVER_MS = 2**52
+PLACED = Placed("island", "eu", Ask())
 
 
 def job(id: str, unit: str = "u1", arm: str = "new", **more: Any) -> Job:
@@ -40,11 +56,12 @@ def apply(database: Database, *operations: Any) -> list[Any]:
 
 
 def same(database: Database, test: str = "t1") -> dict[str, AbUnit]:
-    """The counters, which equal a recount but for what came from the cache."""
+    """The counters, which equal a recount but for what came from the cache; the audit says so too."""
     with database.reading() as connection:
         counted, again = ab_tests.counted(connection, test), ab_tests.recount(connection, test)
-    plain = {id: replace(unit, cached=0) for id, unit in counted.items() if unit.jobs}
-    assert plain == again
+    assert {id: replace(unit, cached=0) for id, unit in counted.items() if id in again or not unit.cached} == again
+    with database.snapshot() as connection:
+        assert audit(connection) == []
     return counted
 
 
@@ -77,9 +94,37 @@ def test_a_job_that_opens_and_settles_in_one_change_counts(database: Database) -
     assert next(iter(same(database).values())).jobs == 1
 
 
-@pytest.mark.parametrize("code", ["coordinator_lost", "books_unavailable"])
-def test_what_is_our_own_fault_does_not_count(database: Database, code: str) -> None:
-    run(database, job("1"), JobState.FAILED, error_code=code)
+# What a version can be at fault for; of every other code somebody has decided that it cannot.
+OF_THE_VERSION = {Code.WORKER_DIED, Code.LINK_LOST, Code.LEASE_LOST, Code.TIMEOUT, Code.CARGO_FAILED, Code.INTERNAL}
+
+
+def test_each_code_speaks_of_the_version_or_does_not() -> None:
+    assert set(map(str, Code)) == set(map(str, OF_THE_VERSION)) | (SAYS_NOTHING & set(map(str, Code))) | SAYS_NOTHING_UNPLACED
+    assert not {str(code) for code in OF_THE_VERSION} & (SAYS_NOTHING | SAYS_NOTHING_UNPLACED)
+    for code in (*Code, *SAYS_NOTHING):
+        for island in ("", "island"):
+            failed = replace(job("1"), state=JobState.FAILED, error_code=str(code), island=island)
+            assert counts(failed) == (code in OF_THE_VERSION or (code == Code.NO_ISLAND and island != ""))
+
+
+def test_the_audit_counts_as_the_books_do(database: Database) -> None:
+    """Every end that a job may have; one unit each, so that no two mistakes cancel out."""
+    codes = ("", *sorted({*map(str, Code), *SAYS_NOTHING}))
+    ends = itertools.product((JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED), codes, (None, PLACED), (1, 2))
+    operations: list[Any] = []
+    for number, (state, code, placed, tries) in enumerate(ends):
+        one = job(str(number), f"u{number}", tries=tries)
+        operations += [OpenJob(one, FOREVER_MS), settled(one, state, error_code=code, placed=placed)]
+    apply(database, *operations)
+    units = same(database).values()
+    assert len(units) == len(operations) / 2
+    assert (sum(unit.succeeded for unit in units), sum(unit.abandoned for unit in units)) == (2 * len(codes), 1)
+    assert sum(unit.jobs - unit.succeeded for unit in units) == 2 * (1 + len(OF_THE_VERSION)) + 1, "the empty code is one, too"
+
+
+@pytest.mark.parametrize("code", sorted(SAYS_NOTHING))
+def test_what_is_not_the_versions_fault_does_not_count(database: Database, code: str) -> None:
+    run(database, job("1"), JobState.FAILED, error_code=code, placed=PLACED)
     run(database, job("2"), JobState.CANCELLED)
     (unit,) = same(database).values()
     assert unit == AbUnit("t1/new/u1", "t1", "new", "u1"), "but that the unit was given this arm"
@@ -87,12 +132,67 @@ def test_what_is_our_own_fault_does_not_count(database: Database, code: str) -> 
         assert ab_tests.counts_of(connection, "t1")["new"].units == 1
 
 
+def test_a_version_that_leaves_no_island_is_at_fault(database: Database) -> None:
+    """One Island has it, its worker dies, and nobody is left: that is no absence."""
+    run(database, job("1"), JobState.FAILED, error_code="no_island")
+    assert [unit.jobs for unit in same(database).values()] == [0], "nobody has tried it"
+    for number, code in enumerate(("no_island", *sorted(OF_THE_VERSION))):
+        run(database, job(f"broken {number}"), JobState.FAILED, error_code=str(code), placed=PLACED)
+    assert [(unit.jobs, unit.succeeded) for unit in same(database).values()] == [(1 + len(OF_THE_VERSION), 0)]
+
+
+def test_jobs_that_consumers_give_up_are_counted_beside_the_others(database: Database) -> None:
+    for number in range(3):
+        run(database, job(f"given up {number}"), JobState.CANCELLED, error_code=GIVEN_UP, placed=PLACED)
+    run(database, job("waits for an Island"), JobState.CANCELLED, error_code=GIVEN_UP)
+    run(database, job("we went down"), JobState.CANCELLED, error_code="coordinator_lost", placed=PLACED)
+    run(database, job("all"))
+    run(database, job("failed"), JobState.FAILED, error_code="cargo_failed", placed=PLACED)
+    run(database, job("hangs", "u2"), JobState.CANCELLED, error_code=GIVEN_UP, placed=PLACED)
+    units = same(database)
+    assert {unit.unit: (unit.jobs, unit.abandoned) for unit in units.values()} == {"u1": (2, 3), "u2": (0, 1)}
+    with database.reading() as connection:
+        tally = ab_tests.counts_of(connection, "t1")["new"].tally(Metric.ABANDONED)
+    assert (tally.units, tally.count, tally.total) == (2, 6, 4), "also of a unit that has seen nothing else"
+    assert (tally.total_squares, tally.count_squares, tally.cross) == (10, 26, 16)
+
+
+@pytest.mark.parametrize("code", ["expired", "coordinator_lost", "books_unavailable"])
+def test_a_unit_is_known_that_has_nothing_else(database: Database, code: str) -> None:
+    run(database, job("1"), JobState.FAILED, error_code=code)
+    with database.writing() as connection:
+        connection.execute(schema.ab_units.delete())
+    with database.snapshot() as connection:
+        assert audit(connection) == ["job 1 of an A/B test has ended, and its unit t1/new/u1 is not known"]
+
+
+@pytest.mark.parametrize("change", [{"jobs": 2}, {"abandoned": 1}, {"tokens": 12}])
+def test_the_audit_sees_what_does_not_add_up(database: Database, change: dict[str, int]) -> None:
+    run(database, job("1"))
+    with database.writing() as connection:
+        connection.execute(schema.ab_units.update().values(**change))
+    with database.snapshot() as connection:
+        (complaint,) = audit(connection)
+    assert "t1/new/u1" in complaint
+
+
 def test_a_job_that_its_coordinator_left_does_not_count_until_it_is_done(database: Database) -> None:
     apply(database, OpenJob(job("1"), FOREVER_MS), OpenJob(job("2", can_rerun=True), FOREVER_MS))
     lost, again = (apply(database, Adopt(id, ACCOUNT, OWNER, 1, "other", 2))[0] for id in "12")
-    assert (lost.error_code, again.state) == ("coordinator_lost", JobState.SUBMITTED) and same(database) == {}
+    assert (lost.error_code, again.state) == ("coordinator_lost", JobState.SUBMITTED)
+    bare = AbUnit("t1/new/u1", "t1", "new", "u1")
+    assert same(database) == {bare.id: bare}
     apply(database, replace(settled(job("2")), owner="other", owner_boot=2))
-    assert next(iter(same(database).values())).jobs == 1
+    assert same(database) == {bare.id: bare}, "its times are of the second try"
+    apply(database, RateJob("2", ACCOUNT, 1))
+    assert same(database) == {bare.id: bare}, "and so is what its Consumer thinks of it"
+
+
+def test_who_gives_up_on_a_job_whose_coordinator_is_gone_does_not_give_up_on_the_version(database: Database) -> None:
+    apply(database, OpenJob(job("1", can_rerun=True, island="island"), FOREVER_MS), WantCancel("1", ACCOUNT))
+    (ended,) = apply(database, Adopt("1", ACCOUNT, OWNER, 1, "other", 2))
+    assert ended.state is JobState.CANCELLED and ended.island and not is_abandoned(ended)
+    assert [(unit.jobs, unit.abandoned) for unit in same(database).values()] == [(0, 0)]
 
 
 def test_jobs_of_no_test_count_nowhere(database: Database) -> None:
@@ -181,6 +281,8 @@ def test_adding_in_any_order_gives_the_same() -> None:
             latency_us=rng.randrange(10**6),
             first_word_us=rng.randrange(10**5),
             rating=rng.choice([-1, 0, 1]),
+            island=rng.choice(["", "island"]),
+            error_code=rng.choice(["", GIVEN_UP, "cargo_failed", "no_island"]),
         )
         for n in range(40)
     ]

@@ -68,7 +68,7 @@ def _tests() -> None:
 
 
 def _units() -> None:
-    sums = "jobs succeeded cached tokens latency_us first_word_us first_words speed_milli speeds cost_micros ups rated".split()
+    sums = "jobs succeeded abandoned cached tokens latency_us first_word_us first_words speed_milli speeds cost_micros ups rated".split()
     op.create_table(
         "ab_units",
         sql.Column("id", sql.String(160), primary_key=True),
