@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,6 +59,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coordinator.registry.POLL_S", 0.02)
 
 
+@pytest.fixture
+def books_url(tmp_path: Path) -> str:
+    """Of SQLite, for what no database has to do with."""
+    return url_of(tmp_path)
+
+
 async def state_of(running: Running, id: str) -> str:
     return str((await ok(running, "GET", f"{AB}/{id}"))["state"])
 
@@ -89,8 +96,8 @@ async def test_users_are_sorted_into_arms_and_stay_there(database_url: str) -> N
         assert all(user not in str(units) for user in USERS[:9])
 
 
-async def test_metadata_headers_and_jobs_say_which_arm(database_url: str) -> None:
-    async with talking(database_url) as running:
+async def test_metadata_headers_and_jobs_say_which_arm(books_url: str) -> None:
+    async with talking(books_url) as running:
         id = await started(running)
         answer = await chat(running, "bo")
         metadata = answer.json()["metadata"]
@@ -108,9 +115,9 @@ async def test_metadata_headers_and_jobs_say_which_arm(database_url: str) -> Non
         assert unit.jobs == 3
 
 
-async def test_accounts_or_jobs_may_be_the_units(database_url: str) -> None:
-    ann = create_key(database_url, "ann")
-    async with talking(database_url) as running:
+async def test_accounts_or_jobs_may_be_the_units(books_url: str) -> None:
+    ann = create_key(books_url, "ann")
+    async with talking(books_url) as running:
         id = await started(running, unit="account")
         assert len(set((await variants_of(running, USERS[:8])).values())) == 1
         await chat(running, "x")
@@ -152,8 +159,8 @@ async def test_a_better_version_is_promoted_by_itself(database_url: str) -> None
         assert len(old.requests) == before + 5
 
 
-async def test_without_a_difference_nothing_happens(database_url: str) -> None:
-    async with talking(database_url, offering(OLD, 1, OLD_ASK), offering(NEW, 2, OLD_ASK)) as running:
+async def test_without_a_difference_nothing_happens(books_url: str) -> None:
+    async with talking(books_url, offering(OLD, 1, OLD_ASK), offering(NEW, 2, OLD_ASK)) as running:
         id = await started(running)
         await variants_of(running, MANY)
         looks = decisions_of(running).looks
@@ -164,8 +171,8 @@ async def test_without_a_difference_nothing_happens(database_url: str) -> None:
 
 
 @pytest.mark.parametrize(("change", "waiting"), [({"minimum_hours": 1}, "minimum_hours"), ({"minimum_samples": 1000}, "minimum_samples")])
-async def test_no_promotion_before_the_minimums(database_url: str, change: dict[str, Any], waiting: str) -> None:
-    async with talking(database_url) as running:
+async def test_no_promotion_before_the_minimums(books_url: str, change: dict[str, Any], waiting: str) -> None:
+    async with talking(books_url) as running:
         id = await started(running, **change)
         await variants_of(running, MANY)
         looks = decisions_of(running).looks
@@ -175,8 +182,8 @@ async def test_no_promotion_before_the_minimums(database_url: str, change: dict[
         assert shown["comparisons"][0]["conclusive"], "the figures alone would do"
 
 
-async def test_a_promotion_by_hand_needs_a_start_and_a_variant(database_url: str) -> None:
-    async with talking(database_url) as running:
+async def test_a_promotion_by_hand_needs_a_start_and_a_variant(books_url: str) -> None:
+    async with talking(books_url) as running:
         id = await create(running, auto_promote=False)
         error_of(await call(running, "POST", f"{AB}/{id}/promote", json={}), 409, "ab_test_not_started")
         error_of(await call(running, "POST", f"{AB}/{id}/pause", json={}), 409, "ab_test_not_started")
@@ -191,8 +198,8 @@ async def test_a_promotion_by_hand_needs_a_start_and_a_variant(database_url: str
         assert (await ok(running, "POST", f"{AB}/{id}/promote"))["state"] == "promoted", "said again it changes nothing"
 
 
-async def test_a_draft_just_ends(database_url: str) -> None:
-    async with talking(database_url) as running:
+async def test_a_draft_just_ends(books_url: str) -> None:
+    async with talking(books_url) as running:
         id = await create(running)
         before = running.server.registry.promotion_of(NAME)
         assert (await ok(running, "POST", f"{AB}/{id}/rollback"))["state"] == "rolled_back"
@@ -200,9 +207,9 @@ async def test_a_draft_just_ends(database_url: str) -> None:
         error_of(await call(running, "POST", f"{AB}/{id}/activate", json={}), 409, "wrong_state")
 
 
-async def test_a_crooked_ratio_blocks_everything(database_url: str) -> None:
+async def test_a_crooked_ratio_blocks_everything(books_url: str) -> None:
     """Units that went astray: 4,600 and 5,400 in the counters."""
-    async with talking(database_url) as running:
+    async with talking(books_url) as running:
         id = await started(running, primary_metric="latency")
         await seed(running, id, {"control": 4_600, "new": 5_400})
         looks = decisions_of(running).looks
@@ -246,9 +253,9 @@ def _any_job(connection: Any) -> dict[str, Any]:
     return dict(connection.execute(schema.jobs.select().limit(1)).mappings().one())
 
 
-async def test_a_variant_that_is_suspended_gives_its_traffic_back_to_base(database_url: str) -> None:
+async def test_a_variant_that_is_suspended_gives_its_traffic_back_to_base(books_url: str) -> None:
     old, new = islands()
-    async with talking(database_url, old, new) as running:
+    async with talking(books_url, old, new) as running:
         id = await started(running)
         arms = await variants_of(running, USERS)
         await running.server.books.change(cargo_rows.set_state, NEW.address, CargoState.SUSPENDED, NOW_MS)
@@ -262,9 +269,9 @@ async def test_a_variant_that_is_suspended_gives_its_traffic_back_to_base(databa
         error_of(await call(running, "POST", f"{AB}/{id}/activate", json={}), 409, "variant_not_offered")
 
 
-async def test_while_nobody_offers_a_version_the_test_stands_still(database_url: str) -> None:
+async def test_while_nobody_offers_a_version_the_test_stands_still(books_url: str) -> None:
     old, new = islands()
-    async with talking(database_url, old, new) as running:
+    async with talking(books_url, old, new) as running:
         id = await started(running)
         await variants_of(running, USERS)
         running.port.lose(new)
@@ -292,15 +299,15 @@ async def test_one_active_test_on_a_cargo(database_url: str) -> None:
         error_of(await call(running, "POST", f"{AB}/{first}/activate", json={}), 409, "cargo_has_active_test", "base_cargo")
 
 
-async def test_versions_have_to_be_offered_before_a_test_begins(database_url: str) -> None:
-    async with talking(database_url, islands()[0]) as running:
+async def test_versions_have_to_be_offered_before_a_test_begins(books_url: str) -> None:
+    async with talking(books_url, islands()[0]) as running:
         id = await create(running)
         error_of(await call(running, "POST", f"{AB}/{id}/activate", json={}), 409, "variant_not_offered")
 
 
-async def test_nobody_tests_with_what_is_not_theirs(database_url: str) -> None:
-    ann = create_key(database_url, "ann")
-    async with talking(database_url) as running:
+async def test_nobody_tests_with_what_is_not_theirs(books_url: str) -> None:
+    ann = create_key(books_url, "ann")
+    async with talking(books_url) as running:
         id = await started(running)
         paths = ["GET ", "GET /results", "GET /events", "POST /pause", "POST /rollback", "POST /promote"]
         for method, _, path in (one.partition(" ") for one in paths):
@@ -310,11 +317,11 @@ async def test_nobody_tests_with_what_is_not_theirs(database_url: str) -> None:
         error_of(answer, 403, "not_your_cargo", "base_cargo")
 
 
-async def test_a_variant_may_be_a_cargo_of_another_name(database_url: str) -> None:
+async def test_a_variant_may_be_a_cargo_of_another_name(books_url: str) -> None:
     """And, once promoted, the base's name stands for it."""
     another = cargo("talk-two", "1.0.0", runtime=Runtime.GGUF)
     old, two = offering(OLD, 1, OLD_ASK), offering(another, 2, NEW_ASK)
-    async with opened(database_url, old, two) as running:
+    async with opened(books_url, old, two) as running:
         await publish(running, OLD, another)
         variants = [{"name": "a", "cargo": NAME, "traffic_percent": 50}, {"name": "b", "cargo": "talk-two", "traffic_percent": 50}]
         id = await started(running, variants=variants, auto_promote=False)
@@ -345,9 +352,9 @@ async def test_answers_from_the_cache_count_apart(database_url: str) -> None:
         }
 
 
-async def test_after_a_promotion_the_old_versions_answers_are_not_told(database_url: str) -> None:
+async def test_after_a_promotion_the_old_versions_answers_are_not_told(books_url: str) -> None:
     old, new = islands()
-    async with talking(database_url, old, new, cache=CacheConfig()) as running:
+    async with talking(books_url, old, new, cache=CacheConfig()) as running:
         before = (await chat(running, "", "a question", temperature=0)).json()["metadata"]
         assert (await chat(running, "", "a question", temperature=0)).json()["metadata"]["cache_hit"] and not before["cache_hit"]
         id = await started(running, auto_promote=False)
@@ -402,9 +409,9 @@ async def test_a_job_that_is_adopted_stays_in_its_arm(database_url: str, monkeyp
 
 @pytest.mark.parametrize("jump_ms", [30 * 24 * 3_600_000, -30 * 24 * 3_600_000])
 async def test_a_clock_that_jumps_neither_ends_nor_stops_a_test(
-    database_url: str, monkeypatch: pytest.MonkeyPatch, jump_ms: int
+    books_url: str, monkeypatch: pytest.MonkeyPatch, jump_ms: int
 ) -> None:
-    async with talking(database_url) as running:
+    async with talking(books_url) as running:
         id = await started(running, minimum_hours=24, primary_metric="latency")
         tests = decisions_of(running)
         real = tests._now_ms
@@ -422,10 +429,10 @@ async def test_a_clock_that_jumps_neither_ends_nor_stops_a_test(
         assert "minimum_hours" in str((await ok(running, "GET", f"{AB}/{id}/results"))["decision"]["waiting"])
 
 
-async def test_a_version_that_breaks_a_guardrail_is_stopped(database_url: str) -> None:
+async def test_a_version_that_breaks_a_guardrail_is_stopped(books_url: str) -> None:
     """It is faster, and every second of its answers fails."""
     old = offering(OLD, 1, OLD_ASK)
-    async with talking(database_url, old, offering(NEW, 2, NEW_ASK)) as running:
+    async with talking(books_url, old, offering(NEW, 2, NEW_ASK)) as running:
         id = await started(running, primary_metric="latency", guardrails=["success"], minimum_samples=5000)
         await seed(running, id, {"control": 400, "new": 400}, fails=2)
         await reaches(running, id, "paused")
@@ -435,8 +442,8 @@ async def test_a_version_that_breaks_a_guardrail_is_stopped(database_url: str) -
         assert set((await variants_of(running, USERS[:6])).values()) == {None}
 
 
-async def test_a_ramp_begins_with_few(database_url: str) -> None:
-    async with talking(database_url) as running:
+async def test_a_ramp_begins_with_few(books_url: str) -> None:
+    async with talking(books_url) as running:
         id = await started(running, ramp=[{"percent": 20, "hours": 1}])
         arms = await variants_of(running, USERS)
         assert 0 < sum(arm is not None for arm in arms.values()) < 20
@@ -459,8 +466,8 @@ async def test_a_ramp_begins_with_few(database_url: str) -> None:
         assert None not in after.values() and all(after[user] == arm for user, arm in arms.items() if arm is not None)
 
 
-async def test_thumbs_of_consumers_count(database_url: str) -> None:
-    async with talking(database_url) as running:
+async def test_thumbs_of_consumers_count(books_url: str) -> None:
+    async with talking(books_url) as running:
         id = await started(running, primary_metric="thumbs")
         answer = (await chat(running, "bo")).json()
         for rating in ("up", "down", "up"):
@@ -472,9 +479,9 @@ async def test_thumbs_of_consumers_count(database_url: str) -> None:
         assert [row["thumbs_up_percent"] for row in variants if row["rated"]] == [100]
 
 
-async def test_assigning_asks_no_database(database_url: str) -> None:
+async def test_assigning_asks_no_database(books_url: str) -> None:
     """But once for what the account bids, which is then known for a while."""
-    async with talking(database_url) as running:
+    async with talking(books_url) as running:
         await started(running)
         tests, books = service_of(running), running.server.books
         assign, asked, questions, inside = tests.assign, books.ask, list[str](), set[trio.lowlevel.Task]()
