@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coordinator.abtests.plan import AbState, Metric
+from coordinator.abtests.plan import AbState, Metric, UnitKind
 from protocol import checks
 
 WIDTH = 160  # characters, where no terminal says how many it has
@@ -17,7 +17,9 @@ _TEXT_CHARS_MAX = 1000  # of one field
 _ADDRESS_CHARS = 16
 _ADDRESS = re.compile("[0-9a-f]{64}")
 _P_MIN = 0.0001  # smaller ones are not told apart
+_JOBS_PER_UNIT_MAX = 10  # more look like requests that name no user
 _NONE = "-"
+_OVER_REASONS, _UNFIT_REASON = ("base_changed", "harmful", "promotion_refused"), "variant_not_runnable"  # of pauses
 ENDED = tuple(str(state) for state in AbState if state.ended)
 
 
@@ -111,11 +113,12 @@ def _variant(test: Mapping[str, Any], name: object) -> Mapping[str, Any]:
 # -- results
 
 
-def results_lines(results: Mapping[str, Any], width: int = WIDTH) -> list[str]:
-    """Everything that ``GET …/results`` says, in lines of at most ``width`` characters."""
+def results_lines(results: Mapping[str, Any], width: int = WIDTH, is_watched: bool = False) -> list[str]:
+    """Everything that ``GET …/results`` says, in lines of at most ``width`` characters. ``is_watched``: until the test ends."""
     test = _part(results, "test")
     below = [*_comparison_lines(results), _progress_line(results), *_guardrail_lines(results), _ratio_line(results)]
-    lines = [_head(test, results), "", *_variants_table(results, width), "", *below, conclusion(results)]
+    below += [*_nameless_lines(results), conclusion(results, is_watched)]
+    lines = [_head(test, results), "", *_variants_table(results, width), "", *below]
     return [part for line in lines for part in folded(line, width)]
 
 
@@ -250,15 +253,28 @@ def _ratio_line(results: Mapping[str, Any]) -> str:
     return f"sample ratio: p {_p(ratio.get('p_value'))}, {'sound' if ratio.get('ok') else 'WRONG: the variants cannot be compared'}"
 
 
+def _nameless_lines(results: Mapping[str, Any]) -> Iterable[str]:
+    """Where a test by users that waits for samples gets many jobs of few units."""
+    is_waiting = {"minimum_samples", "too_few_units"} & set(_codes(_part(results, "decision"), "waiting"))
+    if not is_waiting or _part(results, "test").get("unit") != UnitKind.USER:
+        return
+    counted = [(_known(one.get("job_count")) or 0, _known(one.get("units")) or 0) for one in _parts(results, "variants")]
+    if any(jobs > _JOBS_PER_UNIT_MAX * max(1, units) for jobs, units in counted):
+        way = "send x-archipelag-unit or user, or make a test with --unit job"
+        yield f"requests that name no user are one unit, their account: {way}"
+
+
 # -- what it comes to, in words
 
 
-def conclusion(results: Mapping[str, Any]) -> str:
+def conclusion(results: Mapping[str, Any], is_watched: bool = False) -> str:
     """What the test waits for, why it is blocked, or how it has ended, and what can be done."""
     test = _part(results, "test")
     state = test.get("state")
     if state in ENDED:
         return ended_words(test)
+    if state == AbState.DRAFT and is_watched:
+        return f"waiting for the test to be activated: {_command('activate', test)}; Ctrl-C ends this"
     if state == AbState.DRAFT:
         return f"not begun. Next: {_command('activate', test)}"
     return _verdict_words(results, test)
@@ -270,7 +286,18 @@ def ended_words(test: Mapping[str, Any]) -> str:
     if test.get("state") == AbState.PROMOTED:
         winner = test.get("winner")
         return f"promoted: {base} stands for {_version(_variant(test, winner))} now, the variant {plain(winner)}{note}"
-    return f"rolled back: {base} stands for what it was before the test{note}"
+    if test.get("winner"):  # else it has moved nothing
+        return f"rolled back: {base} stands again for what it was before the test{note}"
+    return f"rolled back: the test has ended; {base} goes on to stand for what it stands for{note}"
+
+
+def unproven_words(events: Sequence[Mapping[str, Any]]) -> str:
+    """What the promotion in an audit log, the oldest event first, was not shown by; empty: its variant was shown to be better."""
+    detail = next((_part(event, "detail") for event in reversed(events) if event.get("kind") == "promoted"), {})
+    if detail.get("is_conclusive") is not False:
+        return ""
+    missing = [plain(code) for code in _codes(detail, "waiting")]
+    return "not shown to be better" + (f": {', '.join(missing).replace('_', ' ')}" if missing else "")
 
 
 def _verdict_words(results: Mapping[str, Any], test: Mapping[str, Any]) -> str:
@@ -279,7 +306,7 @@ def _verdict_words(results: Mapping[str, Any], test: Mapping[str, Any]) -> str:
         return f"blocked: {'; '.join(_why(code, results) for code in blocked)}. Next: {_command('rollback', test)}"
     if test.get("state") == AbState.PAUSED:
         why = plain(test.get("note")) if test.get("note") else "everybody gets the base, and nothing is counted"
-        return f"paused: {why}. Next: {_command('activate', test)}"
+        return f"paused: {why}. {_after_pause(test)}"
     if results.get("held_because"):
         return f"stands still: {plain(results.get('held_because'))}; it goes on by itself when that is over"
     if decision.get("verdict") == "promote":
@@ -289,6 +316,14 @@ def _verdict_words(results: Mapping[str, Any], test: Mapping[str, Any]) -> str:
         return f"{plain(test.get('control'))} is better than every other variant. Next: {_command('rollback', test)}"
     waiting = _codes(decision, "waiting")
     return f"waiting: {'; '.join(_why(code, results) for code in waiting)}" if waiting else plain(decision.get("verdict"))
+
+
+def _after_pause(test: Mapping[str, Any]) -> str:
+    """What can be done: a test is not activated again as long as what it was paused for is so."""
+    activate, rollback = _command("activate", test), _command("rollback", test)
+    if test.get("reason") in _OVER_REASONS:
+        return f"Next: {rollback}"
+    return f"Once it may run again: {activate}; or {rollback}" if test.get("reason") == _UNFIT_REASON else f"Next: {activate}"
 
 
 def _why(code: str, results: Mapping[str, Any]) -> str:

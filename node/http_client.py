@@ -84,8 +84,8 @@ class HttpClient:
         try:
             said = object_of(error.read(self.answer_bytes_max))["error"]
             message, code, param = str(said["message"]), str(said["code"]), said.get("param")
-            where = f" at {param}" if self.names_param and param and str(param) not in message else ""
-            text = checks.made_printable(f"{message}{where} ({code})", _MESSAGE_CHARS_MAX)
+            where = f", {param}" if self.names_param and param and str(param) not in message else ""
+            text = checks.made_printable(f"{message} ({code}{where})", _MESSAGE_CHARS_MAX)
         except (ValueError, KeyError, TypeError, AttributeError, OSError, HTTPException):
             text = f"status {error.code}"
         kind = Unreachable if error.code in _PASSING else ConfigError

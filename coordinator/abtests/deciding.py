@@ -45,6 +45,7 @@ LOOK_S = 10.0
 BUSY_SHARE = 20  # a test that takes a second to sum up is looked at every 20 s at most
 STEP_MAX_MS = 60_000  # of running time, that one look may add
 CHANGES_MAX = 8  # times that a change by hand is tried while others change the test
+HELD, BLOCKED = "held", "blocked"  # why an active test stands still; those of a paused one stand in _follow
 _TICK_S = 0.5
 _MS_PER_HOUR = 3_600_000
 
@@ -144,7 +145,7 @@ class AbDecisions:
         """Starts a draft, or goes on with a test that was paused. Raises AbRefused or BooksUnavailable."""
         test = await self.find(account, id)
         if test.state in (AbState.DRAFT, AbState.PAUSED) and (why := self._tests.why_still(test.plan.arms)):
-            raise AbRefused(AbFault.NOT_OFFERED, f"{why}. Islands serve a version with archipelag-node start --cargo NAME@RELEASE")
+            raise AbRefused(AbFault.NOT_OFFERED, why)
         if test.state is AbState.PAUSED:
             report = await _judged(test, await self._books.ask(rows.counts_of, test.id))
             if report.verdict is Verdict.HARMFUL:
@@ -167,6 +168,7 @@ class AbDecisions:
                 seen_at_ms=now_ms,
                 base_address=base,
                 note="",
+                reason="",
             )
             return rows.change(connection, begun, [AbEvent(now_ms, "activated", account, {"base": base})])
 
@@ -238,7 +240,7 @@ class AbDecisions:
             detail = {}
             if test.state is AbState.PROMOTED:
                 detail = {"base": test.base_address, "from": self._take_back(connection, test)}
-            ended = replace(_run_on(test, now_ms), state=AbState.ROLLED_BACK, ended_at_ms=now_ms, note="")
+            ended = replace(_run_on(test, now_ms), state=AbState.ROLLED_BACK, ended_at_ms=now_ms, note="", reason="")
             return rows.change(connection, ended, [AbEvent(now_ms, "rolled_back", account, detail)])
 
         changed = await self._write(id, write)
@@ -280,7 +282,7 @@ class AbDecisions:
 
         def write(connection: sql.Connection) -> AbTest:
             base = self._base_within(connection, test)
-            ended = replace(_run_on(test, now_ms), state=AbState.PROMOTED, ended_at_ms=now_ms, winner=arm.name, note="")
+            ended = replace(_run_on(test, now_ms), state=AbState.PROMOTED, ended_at_ms=now_ms, winner=arm.name, note="", reason="")
             told = {"variant": arm.name, "address": arm.address, "before": base, **detail}
             changed = rows.change(connection, ended, [AbEvent(now_ms, "promoted", account, told)])
             if base != arm.address:
@@ -351,9 +353,9 @@ class AbDecisions:
                 await self._stop(test, now_ms, "promotion_refused", str(refused), _evidence(report))
         else:
             note = (held or _words(report.blocked))[: limits.TEXT_CHARS_MAX]
-            begins = bool(note) and not test.note  # the words hold figures, which change at each look
-            events = [AbEvent(now_ms, "held" if held else "blocked", "", {"why": note})] if begins else []
-            await self._books.change(rows.change, replace(test, note=note), events)
+            reason = HELD if held else BLOCKED if note else ""
+            events = [AbEvent(now_ms, reason or "resumed", "", {"why": note} if note else {})] if reason != test.reason else []
+            await self._books.change(rows.change, replace(test, note=note, reason=reason), events)
 
     def _moved(self, test: AbTest) -> str:
         """Why a test is about something that is gone; empty: it is not."""
@@ -365,7 +367,7 @@ class AbDecisions:
 
     async def _stop(self, test: AbTest, now_ms: int, reason: str, why: str, detail: Mapping[str, Any]) -> None:
         log.warning("A/B test %s is paused: %s", test.id, why)
-        paused = replace(test, state=AbState.PAUSED, note=why[: limits.TEXT_CHARS_MAX])
+        paused = replace(test, state=AbState.PAUSED, note=why[: limits.TEXT_CHARS_MAX], reason=reason)
         await self._books.change(rows.change, paused, [AbEvent(now_ms, "paused", "", {"reason": reason, "why": why, **detail})])
 
 
@@ -395,7 +397,7 @@ def _chosen(test: AbTest, report: Report, variant: str, force: bool) -> Arm:
         name = next(arm.name for arm in plan.arms if arm.name != plan.control)
     if not name:
         text = f"the test has no winner yet ({_words(report.waiting) or report.verdict}); name the variant to promote it all the same"
-        raise AbRefused(AbFault.BLOCKED, text, "variant")
+        raise AbRefused(AbFault.NO_WINNER, text, "variant")
     arm = plan.arm(name)
     assert arm is not None
     return arm

@@ -22,6 +22,7 @@ class AbFault(StrEnum):
     NOT_OFFERED = "variant_not_offered"
     NOT_STARTED = "ab_test_not_started"
     BLOCKED = "ab_test_blocked"
+    NO_WINNER = "ab_test_has_no_winner"
     TOO_MANY = "too_many_ab_tests"
     RATING = "job_cannot_be_rated"
 

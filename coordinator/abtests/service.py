@@ -104,7 +104,7 @@ class AbTests:
             return order
         test, plan = live.test, live.test.plan
         bid = await self._bid(order)
-        if bid is _UNKNOWN or not self._fits_all(order, plan.arms, bid):
+        if bid == _UNKNOWN or not self._fits_all(order, plan.arms, bid):
             self.unfit += 1
             return order
         unit = unit_key(self._secret, plan.unit, test.id, order.account, order.user, order.spec.job_id)
@@ -135,8 +135,8 @@ class AbTests:
         """The order of a job that another run of a Coordinator had accepted, in the arm that it had."""
         test = self._tests.get(job.ab_test) if job.ab_test else None
         arm = test.plan.arm(job.ab_arm) if test is not None else None
-        if arm is None:
-            return order
+        if arm is None or self.unfit_of((arm,)):
+            return order  # it counts for nothing any more (ab_units.counts)
         return _pinned(order, arm.cargo, arm.address, AbArm(job.ab_test, job.ab_arm, job.ab_unit))
 
     def note_cached(self, arm: AbArm) -> None:
@@ -155,7 +155,9 @@ class AbTests:
             return unfit
         for arm in arms:
             if arm.address not in self._offered(arm.cargo):
-                return f"no Island offers {arm.cargo} {arm.release} at the moment, the version of the variant {arm.name}"
+                version = f"{arm.cargo}@{arm.release}"
+                text = f"no Island offers {version} at the moment, the version of the variant {arm.name}"
+                return f"{text}; archipelag-node start --cargo {version} makes one"
         prices = {arm.name: self._price(arm) or 0 for arm in arms}
         dearest = max(prices, key=prices.__getitem__)
         if prices[dearest] > PRICE_FACTOR_MAX * min(prices.values()):

@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class AbTest:
     """Times in Unix milliseconds, 0: not yet. ``active_ms``: how long it has run, counted until ``seen_at_ms``; ``base_address``: what the
-    base stood for when it was started; ``winner``: the promoted arm; ``note``: why it stands still."""
+    base stood for when it was started; ``winner``: the promoted arm; ``note``: why it stands still, in words; ``reason``: in
+    one (deciding.py)."""
 
     id: str
     account: str
@@ -43,6 +44,7 @@ class AbTest:
     base_address: str = ""
     winner: str = ""
     note: str = ""
+    reason: str = ""
     seq: int = 0
 
 
@@ -75,6 +77,7 @@ def _test(row: Any) -> AbTest:
         base_address=row.base_address,
         winner=row.winner,
         note=row.note,
+        reason=row.reason,
         seq=row.seq,
     )
 
@@ -95,6 +98,7 @@ def _values(test: AbTest) -> dict[str, Any]:
         "base_address": test.base_address,
         "winner": test.winner,
         "note": test.note,
+        "reason": test.reason,
         "seq": test.seq,
     }
 

@@ -459,6 +459,7 @@ ab_tests = sql.Table(
     _text("base_address", sql.String(64)),  # what the base stood for when the test was started
     _text("winner", sql.String(64)),
     _text("note", sql.String(limits.TEXT_CHARS_MAX)),  # why it stands still
+    _text("reason", sql.String(32)),  # the same in one word
     sql.Column("seq", sql.BigInteger, nullable=False, unique=True),
 )
 sql.Index("ab_tests_of_account", ab_tests.c.account, ab_tests.c.created_at_ms)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coordinator.abtests.decision import WORDS, ArmReport, Comparison, GuardrailReport
-from coordinator.abtests.plan import SHARE_WHOLE, Arm, Metric, Plan
+from coordinator.abtests.plan import SHARE_WHOLE, AbState, Arm, Metric, Plan
 from coordinator.abtests.plan_json import plan_to_json
 from coordinator.abtests.results import Results
 from coordinator.books.ab_tests import AbEvent, AbTest
@@ -54,6 +54,7 @@ def test_json(test: AbTest) -> dict[str, Any]:
         "running_hours": running_hours(test),
         "winner": test.winner or None,
         "note": test.note or None,
+        "reason": test.reason or None,
     }
 
 
@@ -74,7 +75,7 @@ def results_json(results: Results) -> dict[str, Any]:
         "guardrails": [_guardrail(plan, arm.name, one) for arm in report.arms for one in arm.guardrails],
         "sample_ratio": _sample_ratio(results),
         "decision": {
-            "verdict": str(report.verdict),
+            "verdict": str(report.verdict) if results.test.state is not AbState.DRAFT else "not_started",
             "winner": report.winner,
             "blocked": list(report.blocked),
             "waiting": list(report.waiting),
@@ -166,7 +167,7 @@ def _sample_ratio(results: Results) -> dict[str, Any]:
     total = sum(observed.values())
     return {
         "p_value": number(report.ratio_p),
-        "ok": report.ratio_sound,
+        "ok": report.ratio_sound if report.ratio_p is not None else None,
         "expected": {arm.name: round(total * arm.share / SHARE_WHOLE, 1) for arm in plan.arms},
         "observed": observed,
     }

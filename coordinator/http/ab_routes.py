@@ -44,6 +44,7 @@ STATUS: dict[AbFault, int] = {
     AbFault.NOT_OFFERED: 409,
     AbFault.NOT_STARTED: 409,
     AbFault.BLOCKED: 409,
+    AbFault.NO_WINNER: 409,
     AbFault.TOO_MANY: 409,
 }
 

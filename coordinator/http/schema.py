@@ -50,15 +50,19 @@ def parse_json(body: bytes) -> dict[str, Any]:
     try:
         value = json.loads(body, parse_float=WrittenNumber, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, json.JSONDecodeError) else "it is not valid"
+        reason = str(error) if isinstance(error, json.JSONDecodeError | _Constant) else "it is not valid"
         raise bad_request(f"the body could not be read as JSON: {reason}", None, "invalid_json") from None
     if not isinstance(value, dict):
         raise bad_request("the body must be a JSON object", None, "invalid_type")
     return value
 
 
+class _Constant(ValueError):
+    """NaN, Infinity or -Infinity stands in a body."""
+
+
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise _Constant(f"{name} is no number of JSON")
 
 
 def parse_chat(body: Mapping[str, Any], seed: int) -> ApiRequest:

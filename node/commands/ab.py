@@ -8,7 +8,7 @@
   ab list                your tests, the newest first
   ab pause ID            everybody gets the base again; what was counted is kept
   ab promote ID          end it and have the base's name stand for the winner, or for --variant V
-  ab rollback ID         end it and have the base's name stand for what it was before
+  ab rollback ID         end it; after a promotion the base's name stands again for what it was before
   ab rate JOB up|down    what you think of an answer, for tests by thumbs
 
 What decides is fixed before the start: the metric, how many samples and hours at least, and the guardrails. Looking often does no harm: the
@@ -103,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     begin = add("activate", _activate, "start a test, or go on after a pause")
     pause = add("pause", _pause, "pause a test: everybody gets the base again, and what was counted is kept")
-    rollback = add("rollback", _rollback, "end a test, and go back to what the base was before it")
+    rollback = add("rollback", _rollback, "end a test, and take its promotion back if it had one")
     for one in (show, results, watch, promote, begin, pause, rollback):
         one.add_argument("id", metavar="ID", help="the test's id, as create and list print it")
     rate = add("rate", _rate, "say what you think of the answer of a job of yours")
@@ -366,7 +366,7 @@ def watch(client: Looked, test_id: str, screen: Screen, pause: Callable[[], None
                 screen.draw([*lines, *ab_table.folded(f"{error}; trying again", screen.columns)])
         else:
             lost, state = 0, results["test"].get("state")
-            lines = ab_table.results_lines(results, screen.columns)
+            lines = ab_table.results_lines(results, screen.columns, is_watched=True)
             if screen.is_terminal or ab_table.changed_key(results) != key:
                 screen.draw(lines)
             key = ab_table.changed_key(results)
@@ -401,10 +401,19 @@ def _pause(arguments: argparse.Namespace) -> int:
 
 def _promote(arguments: argparse.Namespace) -> int:
     settings = _settled(arguments)
-    test = _client(settings).promote(settings.id, settings.ab_variant, bool(settings.ab_force))
-    print(ab_table.ended_words(test))
+    client = _client(settings)
+    test = client.promote(settings.id, settings.ab_variant, bool(settings.ab_force))
+    unproven = _unproven(client, settings.id)
+    print(ab_table.ended_words(test) + (f" ({unproven})" if unproven else ""))
     print(f"Islands and caches follow within seconds; back with archipelag-node ab rollback {ab_table.plain(test.get('id'))}")
     return 0
+
+
+def _unproven(client: AbClient, test_id: str) -> str:
+    try:
+        return ab_table.unproven_words(client.events(test_id))
+    except ConfigError:
+        return ""  # it is promoted all the same
 
 
 def _rollback(arguments: argparse.Namespace) -> int:

@@ -157,7 +157,7 @@ def test_a_draft_that_cannot_start_is_kept_and_named(run: Run, fake: FakeCoordin
     fake.say("POST /activate", (409, refusal("another test is active on answers already", "cargo_has_active_test", "base_cargo")))
     said = run("create", *OPTIONS, "--activate", status=EXIT_CONFIG)
     assert f"archipelag-node ab activate {ID}" in said
-    assert "refuses: another test is active on answers already at base_cargo (cargo_has_active_test)" in said
+    assert "refuses: another test is active on answers already (cargo_has_active_test, base_cargo)" in said
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_the_environment_of_other_commands_makes_no_test(run: Run, fake: FakeCoo
         monkeypatch.setenv(f"ARCHIPELAG_{name}", "1")
     fake.say("POST /promote", (200, told(AbState.PROMOTED, winner="new")))
     run("promote", ID)
-    assert fake.asked == [("POST", f"{TESTS}/{ID}/promote", {})]
+    assert fake.asked[0] == ("POST", f"{TESTS}/{ID}/promote", {})
 
 
 # -- looking
@@ -310,11 +310,47 @@ def test_a_variant_that_is_given_up_on_is_said_to_be() -> None:
         (results(ab_test(AbState.PAUSED)), f"paused: everybody gets the base, and nothing is counted. Next: {ACTIVATE}"),
         (results(ab_test(AbState.PAUSED, note="by night")), "paused: by night. Next:"),
         (results(ab_test(AbState.PROMOTED, winner="new"), *MANY), "promoted: answers stands for answers@2.0.0 now, the variant new"),
-        (results(ab_test(AbState.ROLLED_BACK, note="too slow")), "rolled back: answers stands for what it was before the test: too slow"),
+        (results(ab_test(AbState.ROLLED_BACK, winner="new")), "rolled back: answers stands again for what it was before the test"),
+        (results(ab_test(AbState.ROLLED_BACK, note="late")), "the test has ended; answers goes on to stand for what it stands for: late"),
     ],
 )
 def test_the_last_line_says_what_it_comes_to(made: dict[str, Any], words: str) -> None:
     assert words in lines_of(made)[-1]
+
+
+ROLLBACK = f"archipelag-node ab rollback {ID}"
+
+
+@pytest.mark.parametrize(
+    "reason, words",
+    [
+        ("base_changed", f"paused: it says why. Next: {ROLLBACK}"),
+        ("harmful", f"paused: it says why. Next: {ROLLBACK}"),
+        ("promotion_refused", f"paused: it says why. Next: {ROLLBACK}"),
+        ("variant_not_runnable", f"paused: it says why. Once it may run again: {ACTIVATE}; or {ROLLBACK}"),
+        ("", f"paused: it says why. Next: {ACTIVATE}"),
+        (None, f"paused: it says why. Next: {ACTIVATE}"),
+        (["odd"], f"paused: it says why. Next: {ACTIVATE}"),
+    ],
+)
+def test_a_pause_names_only_what_is_not_refused(reason: object, words: str) -> None:
+    made = results(ab_test(AbState.PAUSED, note="it says why"))
+    made["test"].pop("reason", None)
+    if reason is not None:
+        made["test"]["reason"] = reason
+    assert lines_of(made, 1000)[-1] == words
+
+
+def test_requests_that_name_no_user_are_said_to_be_one_unit() -> None:
+    def counted(jobs: int, unit: str = "user", hours: float = 30) -> bool:
+        made = results(ab_test(hours=hours), arm(3, 400), arm(2, 400))
+        made["variants"][1]["job_count"], made["test"]["unit"] = jobs, unit
+        return lines_of(made)[-2].startswith("requests that name no user are one unit, their account: send x-archipelag-unit or user")
+
+    assert counted(21) and not counted(20) and not counted(21, "account") and not counted(21, "job")
+    enough = results(LATE, arm(2000, 400), arm(2000, 399))
+    enough["variants"][0]["job_count"] = 100_000
+    assert "name no user" not in "".join(lines_of(enough))
 
 
 def test_what_is_wrong_stands_out() -> None:
@@ -434,6 +470,14 @@ def test_watch_writes_a_block_for_each_change() -> None:
     assert out.getvalue().endswith("\npromoted: answers stands for answers@2.0.0 now, the variant new\n")
 
 
+def test_watch_of_a_draft_says_once_what_it_waits_for() -> None:
+    draft, end = results(ab_test(AbState.DRAFT)), results(ab_test(AbState.ROLLED_BACK))
+    out = io.StringIO()
+    watched(Script(draft, draft, draft, results(), end), out)
+    assert out.getvalue().count(f"waiting for the test to be activated: {ACTIVATE}; Ctrl-C ends this\n") == 1
+    assert "not begun" not in out.getvalue()
+
+
 def test_watch_draws_over_itself_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("LINES", "50")
@@ -442,7 +486,7 @@ def test_watch_draws_over_itself_on_a_terminal(monkeypatch: pytest.MonkeyPatch) 
     first, second, third = out.getvalue().split("\x1b[J")
     shown = first.removesuffix("\x1b[11A\r")
     assert shown.count("\n") == 11 and shown + "\x1b[11A\r" == first
-    assert second == first and third.endswith("rolled back: answers stands for what it was before the test\n")
+    assert second == first and third.endswith("answers goes on to stand for what it stands for\n")
 
 
 def test_a_low_terminal_is_not_left_at_the_top(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,9 +547,24 @@ def test_activate_pause_promote_and_rollback(run: Run, fake: FakeCoordinator) ->
     said = run("promote", ID)
     assert "promoted: answers stands for answers@2.0.0 now, the variant new" in said and f"ab rollback {ID}" in said
     run("promote", ID, "--variant", "new", "--force")
-    assert "rolled back: answers stands for what it was before the test" in run("rollback", ID)
-    bodies = [(path.rpartition("/")[2], body) for _, path, body in fake.asked]
+    assert "rolled back: the test has ended; answers goes on" in run("rollback", ID)
+    bodies = [(path.rpartition("/")[2], body) for method, path, body in fake.asked if method == "POST"]
     assert bodies == [("activate", {}), ("pause", {}), ("promote", {}), ("promote", {"variant": "new", "force": True}), ("rollback", {})]
+
+
+def test_a_promotion_of_what_is_not_shown_to_be_better_says_so(run: Run, fake: FakeCoordinator) -> None:
+    def event(kind: str, is_conclusive: bool) -> dict[str, Any]:
+        detail = {"is_conclusive": is_conclusive, "waiting": ["minimum_samples", "not_conclusive"]}
+        return {"at": "2026-03-01T10:00:00.000Z", "kind": kind, "account": "ann", "detail": detail}
+
+    fake.say("POST /promote", (200, told(AbState.PROMOTED, winner="new")))
+    promoted = "promoted: answers stands for answers@2.0.0 now, the variant new"
+    fake.say("GET /events", (200, {"data": [event("promoted", False), event("other", True)]}))
+    assert run("promote", ID).startswith(f"{promoted} (not shown to be better: minimum samples, not conclusive)\n")
+    fake.say("GET /events", (200, {"data": [event("promoted", True), event("other", False)]}))
+    assert run("promote", ID).startswith(f"{promoted}\n")
+    fake.say("GET /events", (503, refusal("the books are away", "books_unavailable")))
+    assert run("promote", ID).startswith(f"{promoted}\n")
 
 
 def test_rate(run: Run, fake: FakeCoordinator, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,5 +117,5 @@ def test_from_two_releases_to_a_promotion() -> None:
     before, after = (float(one) for one in re.findall(r"a request for primes takes ([\d.]+) ms", said))
     assert after < before
     assert "island-1, which was started with --cargo primes, has followed" in said
-    assert "rolled back: primes stands for what it was before the test" in said
+    assert "rolled back: primes stands again for what it was before the test" in said
     assert re.search(r"island-1 has gone back to [0-9a-f]{16}, primes 1.0.0\nstopping …\n\Z", said)

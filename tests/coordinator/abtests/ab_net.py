@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -123,10 +124,17 @@ def _fields(unit: AbUnit) -> dict[str, Any]:
     return {name: getattr(unit, name) for name in AbUnit.__dataclass_fields__}
 
 
+def name_tests(running: Running) -> None:
+    """Tests get the same ids each time, so each user is in the same arm whenever this runs."""
+    numbers = itertools.count(1)
+    running.server.ab_decisions._new_id = lambda: f"test{next(numbers)}"
+
+
 @asynccontextmanager
 async def talking(database_url: str, *some: FakeIsland, candidate: bool = True, **settings: Any) -> AsyncIterator[Running]:
     """Both releases are published; the name stands for 1.0.0, and Islands offer both."""
     async with opened(database_url, *(some or islands()), **settings) as running:
+        name_tests(running)
         await publish(running, OLD)
         await publish(running, NEW, candidate=candidate)
         yield running

@@ -96,7 +96,8 @@ def ends_of(connection: Any, test: str) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("ends", ["expired", "stray"])
-async def test_what_upkeep_ends_makes_its_unit_known(tmp_path: Any, ends: str) -> None:
+async def test_what_upkeep_ends_makes_its_unit_known(tmp_path: Any, ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.upkeep.BEAT_S", 3600.0)  # nothing tends by itself
     async with opened(url_of(tmp_path), island(1)) as running:
         books, upkeep, me = running.server.books, running.server._parts.upkeep, running.server.desk.me
         owner = ("gone", 7) if ends == "expired" else (me.owner, me.boot)

@@ -28,6 +28,7 @@ from tests.coordinator.abtests.ab_net import (
     create,
     decisions_of,
     islands,
+    name_tests,
     offering,
     ok,
     publish,
@@ -84,7 +85,7 @@ async def test_a_base_that_moves_ends_the_comparison(books_url: str) -> None:
         id = await started(running)
         await publish(running, THIRD)
         test = await reaches(running, id, "paused")
-        assert "3.0.0" in test["note"] and stands_for(running) == "3.0.0"
+        assert "3.0.0" in test["note"] and test["reason"] == "base_changed" and stands_for(running) == "3.0.0"
         error_of(await call(running, "POST", f"{AB}/{id}/promote", json={"variant": "new"}), 409, "wrong_state", "base_cargo")
         error_of(await call(running, "POST", f"{AB}/{id}/activate", json={}), 409, "wrong_state", "base_cargo")
         await ok(running, "POST", f"{AB}/{id}/rollback")
@@ -150,6 +151,7 @@ async def test_while_a_version_is_far_dearer_the_test_stands_still(books_url: st
 async def test_what_is_saved_for_the_base_holds_for_a_version_of_another_name(books_url: str) -> None:
     two = cargo("talk-two", "1.0.0", runtime=Runtime.GGUF)
     async with opened(books_url, offering(OLD, 1, OLD_ASK), offering(two, 2, NEW_ASK)) as running:
+        name_tests(running)
         await publish(running, OLD, two)
         variants = [VARIANTS[0], {"name": "b", "cargo": "talk-two", "traffic_percent": 50}]
         await started(running, variants=variants)

@@ -33,6 +33,7 @@ from tests.coordinator.abtests.ab_net import (
     create,
     decisions_of,
     islands,
+    name_tests,
     offering,
     ok,
     publish,
@@ -188,7 +189,7 @@ async def test_a_promotion_by_hand_needs_a_start_and_a_variant(books_url: str) -
         error_of(await call(running, "POST", f"{AB}/{id}/promote", json={}), 409, "ab_test_not_started")
         error_of(await call(running, "POST", f"{AB}/{id}/pause", json={}), 409, "ab_test_not_started")
         await ok(running, "POST", f"{AB}/{id}/activate")
-        error_of(await call(running, "POST", f"{AB}/{id}/promote", json={}), 409, "ab_test_blocked", "variant")
+        error_of(await call(running, "POST", f"{AB}/{id}/promote", json={}), 409, "ab_test_has_no_winner", "variant")
         error_of(await call(running, "POST", f"{AB}/{id}/promote", json={"variant": "none"}), 400, "invalid_ab_test", "variant")
         assert (await ok(running, "POST", f"{AB}/{id}/promote", {"variant": "new"}))["winner"] == "new"
         event = (await ok(running, "GET", f"{AB}/{id}/events"))["data"][-1]
@@ -287,6 +288,11 @@ async def test_while_nobody_offers_a_version_the_test_stands_still(books_url: st
         assert (await ok(running, "GET", f"{AB}/{id}"))["running_hours"] == hours
         running.port.advertise(new)
         assert set((await variants_of(running, USERS)).values()) == {"control", "new"}
+        with trio.fail_after(5):
+            while (await ok(running, "GET", f"{AB}/{id}"))["reason"]:
+                await trio.sleep(0.01)
+        kinds = [event["kind"] for event in (await ok(running, "GET", f"{AB}/{id}/events"))["data"]]
+        assert kinds == ["created", "activated", "held", "resumed"]
 
 
 async def test_one_active_test_on_a_cargo(database_url: str) -> None:
@@ -322,6 +328,7 @@ async def test_a_variant_may_be_a_cargo_of_another_name(books_url: str) -> None:
     another = cargo("talk-two", "1.0.0", runtime=Runtime.GGUF)
     old, two = offering(OLD, 1, OLD_ASK), offering(another, 2, NEW_ASK)
     async with opened(books_url, old, two) as running:
+        name_tests(running)
         await publish(running, OLD, another)
         variants = [{"name": "a", "cargo": NAME, "traffic_percent": 50}, {"name": "b", "cargo": "talk-two", "traffic_percent": 50}]
         id = await started(running, variants=variants, auto_promote=False)
@@ -370,6 +377,7 @@ async def test_a_coordinator_is_killed_and_the_counters_equal_the_jobs(database_
     old, new = islands()
     hung = offering(NEW, 3, NEW_ASK, Script(hang_after=1))
     async with mortal(database_url, old, new) as first:
+        name_tests(first.running)
         await publish(first.running, OLD)
         await publish(first.running, NEW, candidate=True)
         id = await started(first.running)
@@ -391,6 +399,7 @@ async def test_a_job_that_is_adopted_stays_in_its_arm(database_url: str, monkeyp
     old, new = islands()
     hanging = [offering(OLD, 3, OLD_ASK, Script(hang_after=1)), offering(NEW, 4, NEW_ASK, Script(hang_after=1))]
     async with mortal(database_url, *hanging) as first:
+        name_tests(first.running)
         await publish(first.running, OLD)
         await publish(first.running, NEW, candidate=True)
         id = await started(first.running)

@@ -381,7 +381,7 @@ async def test_results_of_nothing_are_null() -> None:
     nothing = ("difference", "interval", "lift_percent", "lift_interval", "p_value", "fixed_p_value")
     assert all(compared[name] is None for name in nothing) and not compared["conclusive"]
     assert {one["state"] for one in told["guardrails"]} == {"not_yet"}
-    assert told["sample_ratio"] == {"p_value": None, "ok": True, "expected": {"old": 0, "new": 0}, "observed": {"old": 0, "new": 0}}
+    assert told["sample_ratio"] == {"p_value": None, "ok": None, "expected": {"old": 0, "new": 0}, "observed": {"old": 0, "new": 0}}
     decision = told["decision"]
     assert decision["verdict"] == "collecting" and set(decision["waiting"]) == set(decision["reasons"]) and decision["waiting"]
 

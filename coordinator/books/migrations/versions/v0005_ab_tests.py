@@ -50,6 +50,7 @@ def _tests() -> None:
         _text("base_address", 64),
         _text("winner", 64),
         _text("note", 1024),
+        _text("reason", 32),
         sql.Column("seq", sql.BigInteger, nullable=False, unique=True),
     )
     op.create_index("ab_tests_of_account", "ab_tests", ["account", "created_at_ms"])
