@@ -13,7 +13,7 @@ from coordinator.books.audit import CHECKS, SHOWN_MAX, audit
 from coordinator.books.database import Database
 from coordinator.books.direct import EndDirectJob, GrantTicket, OpenDirectJob, SettleTicket, TicketRecord, TicketState
 from coordinator.books.job_queries import charges_of
-from coordinator.books.jobs import Earned, Job, JobState, OpenJob
+from coordinator.books.jobs import Earned, Job, JobState, OpenJob, Outcome, SettleJob
 from coordinator.books.ledger import PlaceHold, Refund, ReleaseHold, user
 from coordinator.books.queries import Totals, account_view, island_view, totals
 from tests.coordinator.accounts_api import TODAY_MS, do, peer, run_job
@@ -57,6 +57,10 @@ def fill(database: Database) -> None:
     run_job(database, "job-4", "ann", (peer(1), 100_000), compute_ms=10 * HOUR_MS)  # earns from now on
     run_job(database, "job-5", "ann", (peer(1), 300))
     run_job(database, "job-6", "bob", (peer(1), 300), (peer(2), 10))  # his own Island, and another
+    tried = {"ab_test": "t1", "ab_arm": "new", "ab_unit": "u1"}
+    ab_job = Job("job-8", "ann", "echo", "chat", JobState.SUBMITTED, 0, 4000, "explicit", "coordinator", 1, TODAY_MS, **tried)  # type: ignore[arg-type]
+    ends = Outcome(JobState.SUCCEEDED, completion_tokens=3, latency_us=40)
+    do(database, OpenJob(ab_job, TODAY_MS + 1000), SettleJob("job-8", "ann", "echo", "coordinator", 1, ends, unit="t1/new/u1"))
     open_job = Job("job-7", "ann", "echo", "chat", JobState.SUBMITTED, 0, 4000, "explicit", "coordinator", 1, TODAY_MS)
     do(database, OpenJob(open_job, TODAY_MS + 1000), Unpair(peer(1), "bob"), PlaceHold("alone", user("bob"), 11, TODAY_MS))
     do(database, PlaceHold("gone", user("bob"), 12, TODAY_MS), ReleaseHold("gone", user("bob")))
@@ -176,6 +180,20 @@ BREAKS: tuple[tuple[str, ...], ...] = (
     ),
     ("DELETE FROM holds WHERE id = 't3'", "ticket t3 is open, its hold is missing"),
     ("UPDATE jobs SET account = 'bob' WHERE id = 'job-1'", "job job-1 is of account bob, its hold of user:ann"),
+    ("UPDATE ab_units SET jobs = 2 WHERE id = 't1/new/u1'", "unit t1/new/u1 of an A/B test has counted 2 jobs, there are 1"),
+    (
+        "UPDATE ab_units SET abandoned = 1 WHERE id = 't1/new/u1'",
+        "unit t1/new/u1 of an A/B test has counted 1 jobs that were given up, there are 0",
+    ),
+    (
+        "UPDATE ab_units SET latency_us = 41 WHERE id = 't1/new/u1'",
+        "the sums of unit t1/new/u1 of an A/B test come to 45, those of its jobs to 44",
+    ),
+    (
+        "DELETE FROM ab_units WHERE id = 't1/new/u1'",
+        "job job-8 of an A/B test has ended, and its unit t1/new/u1 is not known",
+        "unit t1/new/u1 of an A/B test has counted 0 jobs, there are 1",
+    ),
 )
 
 
