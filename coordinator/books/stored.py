@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sql
 
 from coordinator.books import database
+from coordinator.books.ab_units import AB_UNITS
 from coordinator.books.accounts import ACCOUNTS, ISLANDS, PUBLISHERS
 from coordinator.books.direct import TICKETS, TicketState
 from coordinator.books.jobs import JOBS
@@ -107,7 +108,7 @@ class _Many:
 class Remembered:
     """Rows as they were when this writer committed them last: worth something as long as nobody else has written.
 
-    Only rows that are needed again: open jobs and holds, balances, Islands; of Islands and publishers also that there is none.
+    Only rows that are needed again: open jobs and holds, balances, units of A/B tests, Islands; of Islands and publishers also that there is none.
     """
 
     def __init__(self, rows_max: int = 20_000) -> None:
@@ -153,6 +154,7 @@ _KEEPS: dict[str, Callable[[Any], bool]] = {
     BALANCES.name: lambda row: row is not None,
     ISLANDS.name: lambda row: True,
     PUBLISHERS.name: lambda row: True,
+    AB_UNITS.name: lambda row: row is not None,
     JOBS.name: lambda row: row is not None and not row.ended,
     HOLDS.name: lambda row: row is not None and row.state is HoldState.PENDING,
     TICKETS.name: lambda row: row is not None and row.state is TicketState.OPEN,
