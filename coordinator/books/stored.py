@@ -108,7 +108,8 @@ class _Many:
 class Remembered:
     """Rows as they were when this writer committed them last: worth something as long as nobody else has written.
 
-    Only rows that are needed again: open jobs and holds, balances, units of A/B tests, Islands; of Islands and publishers also that there is none.
+    Only rows that are needed again: open jobs and holds, balances, units of A/B tests, Islands; of Islands and publishers also that there
+    is none.
     """
 
     def __init__(self, rows_max: int = 20_000) -> None:
