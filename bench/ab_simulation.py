@@ -226,7 +226,18 @@ def run(quick: bool = False) -> dict[str, Any]:
         at_most("tests promoted whose arm never answers 20 % of its jobs, %", 100 * hangs.promoted / tests, 0.0),
     ]
     shares = {name: _shares(one) for name, one in (same | {BETTER.name: power}).items()}
-    return {"bench": "ab_simulation", "tests": tests, "looks": LOOKS, "scenarios": shares, "ratio_blocked": ratio, "bars": bars}
+    left = {"10 % in both arms": same_share, "20 % of those on trial, which are else 10 % quicker": hangs}
+    return {
+        "bench": "ab_simulation",
+        "tests": tests,
+        "looks": LOOKS,
+        "scenarios": shares,
+        "ratio_blocked": ratio,
+        "given_up": {
+            name: {"blocked": one.blocked, "promoted": one.promoted, "harmful": len(one.harmful_by)} for name, one in left.items()
+        },
+        "bars": bars,
+    }
 
 
 def _shares(counted: Seen) -> dict[str, float]:
@@ -240,6 +251,10 @@ def table(result: dict[str, Any]) -> str:
     for name, shares in result["scenarios"].items():
         lines.append("{:<40}{:>8.1f}{:>10.1f}{:>9.1f}{:>10.1f}{:>9.1f}".format(f"  {name}", *(100 * one for one in shares.values())))
     blocked = ", ".join(f"{share}: {100 * one:.1f} %" for share, one in result["ratio_blocked"].items())
+    lines += [
+        f"  given up, {name}: {one['blocked']:,} blocked, {one['promoted']:,} promoted, {one['harmful']:,} harmful of {result['tests']:,}"
+        for name, one in result["given_up"].items()
+    ]
     return "\n".join([*lines, f"  blocked by the sample ratio, where half was planned and the arm got {blocked}"])
 
 

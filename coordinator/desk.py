@@ -30,11 +30,23 @@ from coordinator.books.jobs import Earned, Job, JobState, OpenJob, Outcome, Plac
 from coordinator.books.ledger import Refund
 from coordinator.cache.asking import CacheAsk
 from coordinator.charging import agreed_ask, earned_of, owed_for_delivered
-from coordinator.dispatch import Dispatcher, Emit
+from coordinator.dispatch import Dispatcher
 from coordinator.exchange.bids import Bid, Work
 from coordinator.exchange.quotes import Quote, QuoteRefused
 from coordinator.exchange.rates import Clearing
-from coordinator.jobs import Accepted, CacheHit, ChoiceResult, Event, Meter, Replayed, Said, Settled, Text
+from coordinator.jobs import (
+    Accepted,
+    CacheHit,
+    ChoiceResult,
+    Emit,
+    Event,
+    Meter,
+    Replayed,
+    Said,
+    Settled,
+    Text,
+    collected,
+)
 from coordinator.matching import explanation
 from coordinator.openings import Openings
 from coordinator.orders import Identity, JobCancelled, LiveJob, Opened, Order, TakenOver
@@ -120,13 +132,7 @@ class Desk:
 
     async def collect(self, order: Order) -> list[Event]:
         """All events at once, for answers that are not streamed."""
-        events: list[Event] = []
-
-        async def keep(event: Event) -> None:
-            events.append(event)
-
-        await self.run(order, keep)
-        return events
+        return await collected(self.run, order)
 
     # ---- opening
 

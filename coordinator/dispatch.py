@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
@@ -20,7 +19,19 @@ import trio
 
 from coordinator.affinity import Affinity
 from coordinator.books.errors import BooksRefused, BooksUnavailable
-from coordinator.jobs import Accepted, ChoiceResult, Event, JobSpec, Meter, Metered, Said, StageShare, Text
+from coordinator.jobs import (
+    Accepted,
+    ChoiceResult,
+    Emit,
+    Event,
+    JobSpec,
+    Meter,
+    Metered,
+    Said,
+    StageShare,
+    Text,
+    collected,
+)
 from coordinator.line_output import LineOutput
 from coordinator.logprobs import read_logprobs
 from coordinator.matching import Candidate, Wish, declared_tokens
@@ -40,8 +51,7 @@ log = logging.getLogger(__name__)
 
 # Words of a pipeline's driver that say nothing against the Island itself: its route was planned anew, or a stage refused the job.
 _PASSING = frozenset({Code.BAD_TICKET, Code.UNKNOWN_CARGO, Code.TIMEOUT, Code.NO_ISLAND})
-NEVER_NEWER = 2**63 - 1  # an ad's sequence: no ad is newer
-Emit = Callable[[Event], Awaitable[None]]
+_NEVER_NEWER = 2**63 - 1  # an ad's sequence: no ad is newer
 
 
 class Verdict(Enum):
@@ -176,13 +186,7 @@ class Dispatcher:
 
     async def collect(self, spec: JobSpec) -> list[Event]:
         """All events of a job at once, for answers that are not streamed."""
-        events: list[Event] = []
-
-        async def keep(event: Event) -> None:
-            events.append(event)
-
-        await self.run(spec, keep)
-        return events
+        return await collected(self.run, spec)
 
     async def _run_choices(self, spec: JobSpec, emit: Emit, meter: Meter) -> None:
         if len(spec.choices) == 1:
@@ -206,7 +210,7 @@ class Dispatcher:
     async def _run_choice(self, spec: JobSpec, index: int, emit: Emit, meter: Meter) -> None:
         request = spec.choices[index]
         chain = self._affinity.chain(spec.cache_salt, spec.cargo, _parts(request))
-        wish = self._wish(spec, request, self._affinity.find(chain))
+        wish = self.wish_of(spec, request, self._affinity.find(chain))
         progress = _Progress(index, request, wish, trio.current_time(), meter.choice(index))
         while True:
             placement = await self._place(spec, progress)
@@ -224,13 +228,14 @@ class Dispatcher:
             finally:
                 self._placer.release(placement)
 
-    def _wish(self, spec: JobSpec, request: GenerationRequest | CargoInput, affinity: str) -> Wish:
+    def wish_of(self, spec: JobSpec, request: GenerationRequest | CargoInput, affinity: str = "") -> Wish:
+        """What one choice of a job needs of an Island."""
         tokens = declared_tokens(request.input_chars, request.max_tokens)
         return Wish(
             spec.cargo,
             tokens,
             affinity,
-            excluded=dict.fromkeys(spec.avoid, NEVER_NEWER),
+            excluded=dict.fromkeys(spec.avoid, _NEVER_NEWER),
             prompt_tokens=tokens - request.max_tokens,
             output_tokens=request.max_tokens,
             price_max_micros=spec.price_max_micros,

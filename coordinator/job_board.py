@@ -20,9 +20,8 @@ from coordinator.books import job_queries
 from coordinator.books.errors import BooksRefused, BooksUnavailable, Why
 from coordinator.books.jobs import ENDED, Job, JobState, WantCancel
 from coordinator.desk import POLL_S, Desk
-from coordinator.dispatch import Emit
 from coordinator.exchange.quotes import Quote
-from coordinator.jobs import Accepted, Assigned, CacheHit, ChoiceResult, Event, Said, Text
+from coordinator.jobs import Accepted, Assigned, CacheHit, ChoiceResult, Emit, Event, Said, Text
 from coordinator.orders import JobCancelled, Opened, Order, TakenOver
 from protocol.cargo_io import DoneLine, ImageLine
 from protocol.errors import ArchipelagError, Refused
@@ -68,9 +67,7 @@ class Cache(Protocol):
 class Router(Protocol):
     """Chooses the version of a Cargo that a request gets."""
 
-    async def assign(self, order: Order) -> Order:
-        """Raises BooksUnavailable."""
-        ...
+    async def assign(self, order: Order) -> Order: ...
 
     def note_cached(self, order: Order) -> None:
         """The answer of an order that was assigned came from the cache."""

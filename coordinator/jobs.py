@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from coordinator.logprobs import TokenLogprob
 from coordinator.matching import Choice
@@ -11,6 +13,8 @@ from protocol.cargo_io import DoneLine, ImageLine, ProgressLine, StatusLine, Tok
 from protocol.cargo_jobs import CargoInput
 from protocol.generation import FinishReason, GenerationRequest
 from protocol.prices import Ask
+
+W = TypeVar("W")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +156,18 @@ class CacheWaits:
 
 
 Event = Accepted | Text | Said | ChoiceResult | Settled | Replayed | CacheHit | CachePassed | CacheWaits | Assigned
+Emit = Callable[[Event], Awaitable[None]]
+
+
+async def collected(run: Callable[[W, Emit], Awaitable[object]], work: W) -> list[Event]:
+    """All events of ``run(work, emit)`` at once, for answers that are not streamed. Raises what it raises."""
+    events: list[Event] = []
+
+    async def keep(event: Event) -> None:
+        events.append(event)
+
+    await run(work, keep)
+    return events
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -28,7 +28,7 @@ from coordinator.config import CoordinatorConfig
 from coordinator.desk import Desk
 from coordinator.direct import DirectBooks
 from coordinator.direct_keys import DirectKeys
-from coordinator.dispatch import NEVER_NEWER, Dispatcher
+from coordinator.dispatch import Dispatcher
 from coordinator.files import Files
 from coordinator.http.account_routes import AccountRoutes
 from coordinator.http.child_orders import ChildOrders
@@ -37,7 +37,7 @@ from coordinator.http.terms import Terms
 from coordinator.job_board import JobBoard
 from coordinator.keys import KeyStore
 from coordinator.market import MarketShell
-from coordinator.matching import Refusal, Wish, declared_tokens
+from coordinator.matching import Refusal, declared_tokens
 from coordinator.orders import Identity, Order
 from coordinator.pipelines import Pipelines
 from coordinator.placement import Placer
@@ -180,7 +180,7 @@ class Parts:
             self.placer.content_hashes,
             salt_secret,
             time.monotonic,
-            functools.partial(_fits, self.placer, config.job_timeout_s),
+            functools.partial(_fits, self.placer, self.dispatcher),
             lambda arm: self.placer.price_range(arm.cargo, *USUAL_JOB, arm.address).cheapest,
             self.market.saved_bid,
         )
@@ -279,23 +279,12 @@ class Parts:
         nursery.start_soon(self.direct.run)
 
 
-def _fits(placer: Placer, job_timeout_s: float, order: Order, arm: Arm, bid_micros: int | None) -> bool:
+def _fits(placer: Placer, dispatcher: Dispatcher, order: Order, arm: Arm, bid_micros: int | None) -> bool:
     """Whether an Island could run an order in an arm of an A/B test, now or once one has room."""
-    spec = order.spec
+    spec = replace(order.spec, cargo=arm.cargo, content_hash=arm.address)
     request = max(spec.choices, key=lambda choice: declared_tokens(choice.input_chars, choice.max_tokens))
-    tokens = declared_tokens(request.input_chars, request.max_tokens)
-    wish = Wish(
-        arm.cargo,
-        tokens,
-        content_hash=arm.address,
-        excluded=dict.fromkeys(spec.avoid, NEVER_NEWER),
-        prompt_tokens=tokens - request.max_tokens,
-        output_tokens=request.max_tokens,
-        policy=spec.policy,
-        account=spec.account,
-        job_s_max=job_timeout_s,
-    )
-    if isinstance(request, GenerationRequest) and tokens > placer.largest_context(arm.cargo, arm.address):
+    wish = dispatcher.wish_of(spec, request)
+    if isinstance(request, GenerationRequest) and wish.tokens > placer.largest_context(arm.cargo, arm.address):
         return False
     outcome = placer.preview(wish, None if bid_micros is None else bid_micros // len(spec.choices))
     if not isinstance(outcome, Refusal):

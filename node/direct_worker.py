@@ -20,9 +20,9 @@ from typing import Any
 import trio
 
 from coordinator.affinity import Affinity
-from coordinator.dispatch import Dispatcher, Emit
+from coordinator.dispatch import Dispatcher
 from coordinator.http.errors import ApiError
-from coordinator.jobs import ChoiceResult, Event, Replayed, Settled
+from coordinator.jobs import ChoiceResult, Emit, Event, Replayed, Settled, collected
 from coordinator.matching import Candidate, Choice, Considered, Level, Wish
 from coordinator.orders import Order
 from coordinator.placement import Placement
@@ -306,13 +306,7 @@ class DirectWorker:
 
     async def collect(self, order: Order) -> list[Event]:
         """All events at once, for answers that are not streamed."""
-        events: list[Event] = []
-
-        async def keep(event: Event) -> None:
-            events.append(event)
-
-        await self.run(order, keep)
-        return events
+        return await collected(self.run, order)
 
     def _dispatcher(self, job: _Job) -> Dispatcher:
         """One for each job, with parts that know it. They do what a dispatcher asks of the Coordinator's own, and no more."""

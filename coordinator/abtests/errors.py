@@ -24,7 +24,6 @@ class AbFault(StrEnum):
     BLOCKED = "ab_test_blocked"
     NO_WINNER = "ab_test_has_no_winner"
     TOO_MANY = "too_many_ab_tests"
-    RATING = "job_cannot_be_rated"
 
 
 class AbRefused(ArchipelagError):

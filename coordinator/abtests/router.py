@@ -5,19 +5,12 @@ from __future__ import annotations
 from typing import Protocol
 
 from coordinator.abtests.service import AbTests
-from coordinator.dispatch import Emit
-from coordinator.jobs import Assigned, CacheHit, CachePassed, CacheWaits, Event, Replayed
+from coordinator.jobs import Assigned, CacheHit, CachePassed, CacheWaits, Emit, Event, Replayed, collected
 from coordinator.orders import Order
 
 
 class Worker(Protocol):
     async def run(self, order: Order, emit: Emit) -> None: ...
-
-
-class Looking(Worker, Protocol):
-    """A cache: it may know the answer."""
-
-    async def look(self, order: Order) -> list[Event] | None: ...
 
 
 class AbRouter:
@@ -30,7 +23,6 @@ class AbRouter:
         return f"<AbRouter {self._tests!r}>"
 
     async def assign(self, order: Order) -> Order:
-        """Raises BooksUnavailable."""
         return await self._tests.assign(order)
 
     async def run(self, order: Order, emit: Emit) -> None:
@@ -60,13 +52,7 @@ class AbRouter:
 
     async def collect(self, order: Order) -> list[Event]:
         """All events at once."""
-        events: list[Event] = []
-
-        async def keep(event: Event) -> None:
-            events.append(event)
-
-        await self.run(order, keep)
-        return events
+        return await collected(self.run, order)
 
     def note_cached(self, order: Order) -> None:
         """Of an order that was assigned: its answer came from the cache."""

@@ -17,7 +17,6 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import trio
 
@@ -33,8 +32,6 @@ from coordinator.orders import AbArm, Order
 from protocol import limits
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 POLL_S = 1.0
 PRICE_FACTOR_MAX = 3  # between what the versions of a test cost: the market's own bids reach 4 times the usual (exchange/bids.py)

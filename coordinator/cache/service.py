@@ -39,8 +39,7 @@ from coordinator.cache.statistics import CacheStatistics, Counts
 from coordinator.cache.table import AnswerTable, Entry
 from coordinator.cache.versions import Cargos, Versions
 from coordinator.desk import Desk, retold
-from coordinator.dispatch import Emit
-from coordinator.jobs import CacheHit, CachePassed, CacheWaits, Event, Text
+from coordinator.jobs import CacheHit, CachePassed, CacheWaits, Emit, Event, Text, collected
 from coordinator.orders import Order
 from coordinator.transcript import Transcript, replay
 from protocol.cargos import CachePolicy
@@ -136,13 +135,7 @@ class AnswerCache:
 
     async def collect(self, order: Order) -> list[Event]:
         """All events at once, for answers that are not streamed."""
-        events: list[Event] = []
-
-        async def keep(event: Event) -> None:
-            events.append(event)
-
-        await self.run(order, keep)
-        return events
+        return await collected(self.run, order)
 
     async def look(self, order: Order) -> list[Event] | None:
         """The answer that is kept for a job that is being submitted; None where there is none, or it was submitted before. Raises

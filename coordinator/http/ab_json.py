@@ -9,7 +9,7 @@ from typing import Any
 
 from coordinator.abtests.decision import WORDS, ArmReport, Comparison, GuardrailReport
 from coordinator.abtests.plan import SHARE_WHOLE, AbState, Arm, Metric, Plan
-from coordinator.abtests.plan_json import plan_to_json
+from coordinator.abtests.plan_json import arm_to_json, plan_to_json
 from coordinator.abtests.results import Results
 from coordinator.books.ab_tests import AbEvent, AbTest
 from coordinator.statement import time_text
@@ -104,11 +104,7 @@ def _variant(plan: Plan, arm: Arm, report: ArmReport | None) -> dict[str, Any]:
     primary = estimates.get(plan.primary_metric)
     means = {shown.field: number(estimates[metric].mean, shown.factor) if metric in estimates else None for metric, shown in SHOWN.items()}
     return {
-        "name": arm.name,
-        "cargo": arm.cargo,
-        "release": arm.release,
-        "address": arm.address,
-        "traffic_percent": arm.share * 100 / SHARE_WHOLE,
+        **arm_to_json(arm),
         "is_control": arm.name == plan.control,
         "units": counts.units if counts is not None else 0,
         "samples": primary.units if primary is not None else 0,

@@ -35,7 +35,6 @@ STATUS: dict[AbFault, int] = {
     AbFault.SHARES: 400,
     AbFault.VARIANTS: 400,
     AbFault.KIND: 400,
-    AbFault.RATING: 400,
     AbFault.NOT_YOURS: 403,
     AbFault.UNKNOWN_CARGO: 404,
     AbFault.UNKNOWN: 404,

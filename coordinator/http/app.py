@@ -19,7 +19,6 @@ from aiohttp import web
 
 from coordinator.books.errors import BooksRefused, BooksUnavailable
 from coordinator.cache.asking import CacheAsk, ask_of
-from coordinator.dispatch import Emit
 from coordinator.exchange.bids import Work
 from coordinator.exchange.quotes import QuoteRefused
 from coordinator.http import embeddings, images, models, schema
@@ -35,7 +34,7 @@ from coordinator.http.line_answers import LineAnswer, LineRequest, line_order
 from coordinator.http.metrics import CONTENT_TYPE, Metrics
 from coordinator.http.sse import DONE, KEEP_ALIVE, EventStream, event
 from coordinator.http.terms import Terms, need_cargo, read_terms
-from coordinator.jobs import Accepted, Assigned, CacheHit, CachePassed, CacheWaits, Event, JobSpec, Replayed
+from coordinator.jobs import Accepted, Assigned, CacheHit, CachePassed, CacheWaits, Emit, Event, JobSpec, Replayed
 from coordinator.matching import declared_tokens
 from coordinator.orders import Order
 from privacy.keys import cache_salt

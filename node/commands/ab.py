@@ -55,7 +55,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from coordinator.abtests.plan import AbState, Metric, UnitKind
 from node import ab_table
-from node.commands.common import checked, parse_count
+from node.commands.common import add_coordinator, checked, need_coordinator, need_key, parse_count
 from node.http_client import Unreachable
 from node.request_file import object_in
 from node.settings import defaults, settle
@@ -81,9 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def add(name: str, perform: Callable[[argparse.Namespace], int], brief: str) -> argparse.ArgumentParser:
         made = actions.add_parser(name, help=brief, description=f"{brief[0].upper()}{brief[1:]}.")
-        made.add_argument("--coordinator", metavar="URL", help="the Coordinator's URL")
-        made.add_argument("--ca-file", metavar="F", help="certificates to trust for https, PEM")
-        made.add_argument("--api-key", metavar="KEY", help="your API key; better in ARCHIPELAG_API_KEY")
+        add_coordinator(made)
         made.set_defaults(parser=made, perform=perform)
         return made
 
@@ -152,12 +150,7 @@ def _settled(arguments: argparse.Namespace) -> argparse.Namespace:
 def _client(settings: argparse.Namespace) -> AbClient:
     from node.ab_client import AbClient
 
-    if not settings.coordinator:
-        raise ConfigError("say which Coordinator: --coordinator URL, or ARCHIPELAG_COORDINATOR")
-    if not settings.api_key:
-        text = "an API key is needed: --api-key, or ARCHIPELAG_API_KEY"
-        raise ConfigError(f"{text}; the Coordinator's operator makes one with archipelag-node keys create")
-    return AbClient(settings.coordinator, settings.api_key, settings.ca_file)
+    return AbClient(need_coordinator(settings), need_key(settings), settings.ca_file)
 
 
 # -- options

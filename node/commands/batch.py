@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from node.batch_input import ENDPOINTS, Plan, check_size, parse_field, plan, requests
-from node.commands.common import add_data_dir, checked, parse_count, settled
+from node.commands.common import add_data_dir, checked, need_coordinator, need_key, parse_count, settled
 from node.settings import defaults
 from protocol import checks
 from protocol.errors import ConfigError
@@ -94,12 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _client(settings: argparse.Namespace) -> Iterator[BatchClient]:
     from node.batch_client import BatchClient
 
-    if not settings.coordinator:
-        raise ConfigError("say which Coordinator: --coordinator URL, or ARCHIPELAG_COORDINATOR")
-    if not settings.api_key:
-        text = "an API key is needed: --api-key, or ARCHIPELAG_API_KEY"
-        raise ConfigError(f"{text}; the Coordinator's operator makes one with archipelag-node keys create")
-    client = BatchClient(settings.coordinator, settings.api_key, settings.ca_file)
+    client = BatchClient(need_coordinator(settings), need_key(settings), settings.ca_file)
     try:
         yield client
     finally:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from node.commands.common import add_data_dir, data_home
+from node.commands.common import add_data_dir, data_home, need_coordinator, need_key
 from node.settings import defaults, settle
 from protocol import checks, limits
 from protocol.errors import ConfigError, RemoteProtocolError
@@ -91,16 +91,7 @@ def _settled(arguments: argparse.Namespace, role: str) -> argparse.Namespace:
 def _client(settings: argparse.Namespace) -> Any:
     from node.registry_client import RegistryClient
 
-    if not settings.coordinator:
-        raise ConfigError("say which Coordinator: --coordinator URL, or ARCHIPELAG_COORDINATOR")
-    return RegistryClient(settings.coordinator, getattr(settings, "api_key", None) or "", settings.ca_file)
-
-
-def _need_key(settings: argparse.Namespace) -> None:
-    if not settings.api_key:
-        raise ConfigError(
-            "an API key is needed: --api-key, or ARCHIPELAG_API_KEY; the Coordinator's operator makes one with archipelag-node keys create"
-        )
+    return RegistryClient(need_coordinator(settings), getattr(settings, "api_key", None) or "", settings.ca_file)
 
 
 # -- publish
@@ -109,7 +100,7 @@ def _need_key(settings: argparse.Namespace) -> None:
 def _publish(arguments: argparse.Namespace) -> int:
     settings = defaults(settle(arguments.parser, arguments, strict=False), candidate=False)
     client, data = _client(settings), _read(Path(settings.file))
-    _need_key(settings)
+    need_key(settings)
     cargo = _checked(settings.file, data)
     told = client.publish(data, settings.candidate)
     name = f"{cargo.manifest.name} {cargo.manifest.release}"
@@ -154,7 +145,7 @@ def _revoke_own(settings: argparse.Namespace) -> int:
     from protocol.cargos import sign_revocation
 
     client = _client(settings)
-    _need_key(settings)
+    need_key(settings)
     defaults(settings, data_dir=str(data_home() / "publisher"))
     if not (Path(settings.data_dir).expanduser() / "publisher.key").exists():
         raise ConfigError(f"{settings.data_dir} has no publisher.key; name the folder that the Cargo was signed with: --data-dir")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from node.settings import defaults, settle
+from protocol.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -22,6 +23,28 @@ def data_home() -> Path:
 
 def add_data_dir(parser: argparse.ArgumentParser, role: str) -> None:
     parser.add_argument("--data-dir", metavar="D", help=f"folder for keys and state (default: {data_home() / role})")
+
+
+def add_coordinator(parser: argparse.ArgumentParser) -> None:
+    """For commands that ask a Coordinator over HTTP, as an account."""
+    parser.add_argument("--coordinator", metavar="URL", help="the Coordinator's URL")
+    parser.add_argument("--ca-file", metavar="F", help="certificates to trust for https, PEM")
+    parser.add_argument("--api-key", metavar="KEY", help="your API key; better in ARCHIPELAG_API_KEY")
+
+
+def need_coordinator(settings: argparse.Namespace) -> str:
+    """Its URL. Raises ConfigError."""
+    if not settings.coordinator:
+        raise ConfigError("say which Coordinator: --coordinator URL, or ARCHIPELAG_COORDINATOR")
+    return str(settings.coordinator)
+
+
+def need_key(settings: argparse.Namespace) -> str:
+    """The account's API key. Raises ConfigError."""
+    if not settings.api_key:
+        text = "an API key is needed: --api-key, or ARCHIPELAG_API_KEY"
+        raise ConfigError(f"{text}; the Coordinator's operator makes one with archipelag-node keys create")
+    return str(settings.api_key)
 
 
 def add_logging(parser: argparse.ArgumentParser) -> None:

@@ -28,7 +28,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from node.commands.common import add_data_dir, checked, data_home, parse_count
+from node.commands.common import (
+    add_coordinator,
+    add_data_dir,
+    checked,
+    data_home,
+    need_coordinator,
+    need_key,
+    parse_count,
+)
 from node.request_file import bytes_of, object_in
 from node.settings import defaults, settle
 from protocol.errors import ConfigError
@@ -49,9 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def add(name: str, perform: Callable[[argparse.Namespace], int], brief: str) -> argparse.ArgumentParser:
         made = actions.add_parser(name, help=brief, description=f"{brief[0].upper()}{brief[1:]}.")
-        made.add_argument("--coordinator", metavar="URL", help="the Coordinator's URL")
-        made.add_argument("--ca-file", metavar="F", help="certificates to trust for https, PEM")
-        made.add_argument("--api-key", metavar="KEY", help="your API key; better in ARCHIPELAG_API_KEY")
+        add_coordinator(made)
         made.set_defaults(parser=made, perform=perform)
         return made
 
@@ -91,12 +97,7 @@ def _settled(arguments: argparse.Namespace) -> argparse.Namespace:
 def _client(settings: argparse.Namespace) -> WorkflowClient:
     from node.workflow_client import WorkflowClient
 
-    if not settings.coordinator:
-        raise ConfigError("say which Coordinator: --coordinator URL, or ARCHIPELAG_COORDINATOR")
-    if not settings.api_key:
-        text = "an API key is needed: --api-key, or ARCHIPELAG_API_KEY"
-        raise ConfigError(f"{text}; the Coordinator's operator makes one with archipelag-node keys create")
-    return WorkflowClient(settings.coordinator, settings.api_key, settings.ca_file)
+    return WorkflowClient(need_coordinator(settings), need_key(settings), settings.ca_file)
 
 
 # -- files

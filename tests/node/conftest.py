@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
 import pytest
 import trio
 
 from node.holder import Links
 from node.jobs_served import JobServer, Terms, island_hello
+from node.localnet import LocalNetwork
 from node.net.host import Host, open_host
 from privacy.keys import NodeKey
 from protocol.direct import Claim
@@ -137,3 +139,11 @@ class Kit:
 @pytest.fixture
 def kit() -> type[Kit]:
     return Kit
+
+
+@pytest.fixture(scope="module")
+def client(network: LocalNetwork) -> Iterator[httpx.Client]:
+    """A Consumer of the module's own network of real processes."""
+    key = network.make_key("read", "write", account="ann")
+    with httpx.Client(base_url=network.url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as client:
+        yield client

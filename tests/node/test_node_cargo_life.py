@@ -56,13 +56,6 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNetwork]:
         yield network
 
 
-@pytest.fixture(scope="module")
-def client(network: LocalNetwork) -> Iterator[httpx.Client]:
-    key = network.make_key("read", "write", account="ann")
-    with httpx.Client(base_url=network.url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as client:
-        yield client
-
-
 def publish(network: LocalNetwork, file: Path, capsys: pytest.CaptureFixture[str]) -> str:
     key = network.make_key("read", "write", account="pub")
     assert main(["cargo", "publish", str(file), "--coordinator", network.url, "--api-key", key]) == 0, capsys.readouterr()

@@ -125,13 +125,6 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalNetwork]:
         yield network
 
 
-@pytest.fixture(scope="module")
-def client(network: LocalNetwork) -> Iterator[httpx.Client]:
-    key = network.make_key("read", "write", account="ann")
-    with httpx.Client(base_url=network.url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as client:
-        yield client
-
-
 @pytest.fixture
 def its(network: LocalNetwork, tmp_path: Path) -> Published:
     return Published(network, tmp_path, network.make_key("read", "write", account="pub"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+import trio
 
 from coordinator.abtests import deciding, service
 from coordinator.abtests.deciding import AbDecisions
@@ -107,6 +108,14 @@ async def variants_of(running: Running, users: Iterable[str], **more: Any) -> di
     return found
 
 
+async def reaches(running: Running, id: str, state: str) -> dict[str, Any]:
+    """The test, once it is in this state. Raises trio.TooSlowError."""
+    with trio.fail_after(20):
+        while (test := await ok(running, "GET", f"{AB}/{id}"))["state"] != state:
+            await trio.sleep(0.01)
+    return test
+
+
 async def units_of(running: Running, id: str) -> dict[str, AbUnit]:
     """The counters, which have to equal a recount of the jobs."""
 
@@ -142,6 +151,7 @@ async def talking(database_url: str, *some: FakeIsland, candidate: bool = True, 
 
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests are read and looked at all the time."""
+    monkeypatch.setattr("coordinator.registry.POLL_S", 0.02)
     monkeypatch.setattr(service, "POLL_S", 0.02)
     monkeypatch.setattr(deciding, "LOOK_S", 0.02)
     monkeypatch.setattr(deciding, "BUSY_SHARE", 0)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import trio
 
 from coordinator.abtests import deciding, decision
 from coordinator.books import schema
@@ -33,12 +32,13 @@ from tests.coordinator.abtests.ab_net import (
     ok,
     publish,
     quick_looks,
+    reaches,
     service_of,
     started,
     talking,
     variants_of,
 )
-from tests.coordinator.desks import error_of, opened, until, url_of
+from tests.coordinator.desks import error_of, opened, until
 from tests.coordinator.fakes import Running
 from tests.protocol.cargo_samples import cargo
 
@@ -49,12 +49,6 @@ THIRD = cargo(NAME, "3.0.0", runtime=Runtime.GGUF)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     quick_looks(monkeypatch)
-    monkeypatch.setattr("coordinator.registry.POLL_S", 0.02)
-
-
-@pytest.fixture
-def books_url(tmp_path: Any) -> str:
-    return url_of(tmp_path)
 
 
 def stands_for(running: Running) -> str:
@@ -65,18 +59,6 @@ def stands_for(running: Running) -> str:
 
 async def shown(running: Running, id: str) -> dict[str, Any]:
     return await ok(running, "GET", f"{AB}/{id}")
-
-
-async def reaches(running: Running, id: str, state: str) -> dict[str, Any]:
-    with trio.fail_after(10):
-        while (test := await shown(running, id))["state"] != state:
-            await trio.sleep(0.01)
-    return test
-
-
-async def looked(running: Running, times: int = 3) -> None:
-    looks = decisions_of(running).looks
-    await until(lambda: decisions_of(running).looks >= looks + times)
 
 
 async def test_a_base_that_moves_ends_the_comparison(books_url: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +37,7 @@ from tests.coordinator.abtests.ab_net import (
     ok,
     publish,
     quick_looks,
+    reaches,
     service_of,
     started,
     talking,
@@ -57,27 +57,10 @@ MANY = [f"user {number}" for number in range(320)]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     quick_looks(monkeypatch)
-    monkeypatch.setattr("coordinator.registry.POLL_S", 0.02)
-
-
-@pytest.fixture
-def books_url(tmp_path: Path) -> str:
-    """Of SQLite, for what no database has to do with."""
-    return url_of(tmp_path)
 
 
 async def state_of(running: Running, id: str) -> str:
     return str((await ok(running, "GET", f"{AB}/{id}"))["state"])
-
-
-async def reaches(running: Running, id: str, state: str) -> None:
-    with trio.fail_after(20):
-        while await state_of(running, id) != state:
-            await trio.sleep(0.01)
-
-
-def by_release(running_islands: Any) -> list[int]:
-    return [len(one.requests) for one in running_islands]
 
 
 async def test_users_are_sorted_into_arms_and_stay_there(database_url: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ from tests.coordinator.abtests.ab_net import CHAT, NAME, NEW, NEW_ASK, OLD, OLD_
 from tests.coordinator.batch_desk import begin, over
 from tests.coordinator.cache_net import ask as asking
 from tests.coordinator.cache_net import said, strategy
-from tests.coordinator.desks import error_of, opened, until, url_of
+from tests.coordinator.desks import error_of, opened, until
 from tests.coordinator.direct_desk import Bridge, receipt_of
 from tests.coordinator.fakes import FakeIsland, FakePort, Running, Script, island
 from tests.coordinator.test_coord_placement import slots
@@ -249,11 +248,6 @@ async def test_a_job_waits_for_the_other_to_come_back(autojump_clock: trio.testi
 
 
 # On a whole Coordinator
-
-
-@pytest.fixture
-def books_url(tmp_path: Path) -> str:
-    return url_of(tmp_path)
 
 
 async def promote(running: Running, address: str) -> None:
